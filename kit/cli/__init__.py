@@ -1,0 +1,52 @@
+"""The `kit` command: one module per subcommand, imported only when it is called."""
+
+import importlib
+import sys
+
+from kit.errors import UserError, unknown
+
+COMMANDS = {
+    "size": "what fits on a GPU: weights, KV pool, sessions",
+    "simulate": "agent sessions through the scheduler in virtual time",
+    "load": "load-test an OpenAI-compatible server",
+    "run": "the notebooks through papermill into a report",
+}
+
+
+def main() -> None:
+    """Entry point: dispatches to kit.cli.<command>.command, turns bad input into one line and exit code 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help()
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise unknown("command", arguments[0], COMMANDS)
+        _call(arguments[0], arguments[1:])
+    except UserError as error:
+        sys.stderr.write(f"kit: {error}\n")
+        sys.exit(2)
+
+
+def _print_help() -> None:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    sys.stdout.write("usage: kit COMMAND [OPTIONS]   (kit COMMAND --help)\n\n" + "\n".join(lines) + "\n")
+
+
+def _call(name: str, arguments: list[str]) -> None:
+    """Run one command function through typer without its own error boxes."""
+    import typer
+    from typer.exceptions import TyperException
+
+    module = importlib.import_module(f"kit.cli.{name}")
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(module.command)
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name=f"kit {name}", standalone_mode=False)
+    except TyperException as error:
+        raise UserError(error.format_message()) from None
+    except (KeyboardInterrupt, EOFError):
+        sys.exit(130)
+    if isinstance(code, int) and code:
+        sys.exit(code)
