@@ -1,0 +1,89 @@
+# make run    the walkthrough for one GPU, into runs/<gpu>/index.html
+# make test   everything that CI checks
+# Both set up .venv by themselves, from the hash-pinned locks; nothing is installed elsewhere.
+
+GPU ?=
+SCENARIO ?=
+NOTEBOOKS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The first Python on PATH that is new enough and can make a virtual environment with pip in it.
+USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
+FIND_PYTHON = for p in $(CANDIDATES); do "$$p" -c "$(USABLE)" >/dev/null 2>&1 && { echo "$$p"; break; }; done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint notebooks lab lock clean
+
+help:
+	@echo "make run        the walkthrough for one GPU (GPU=h200-sxm-141gb, SCENARIO=file.yaml, NOTEBOOKS=00,02)"
+	@echo "make test       lint, unit tests, doctests, notebooks"
+	@echo "make setup      .venv with the kit command and the notebooks"
+	@echo "make lint       ruff, mypy, size of kit/"
+	@echo "make notebooks  build notebooks/*.ipynb from notebooks/src/*.py"
+	@echo "make lab        the notebooks in JupyterLab"
+	@echo "make lock       resolve requirements/*.lock anew"
+
+$(BIN)/python:
+	@found=$$($(FIND_PYTHON)); \
+	if [ -z "$$found" ]; then \
+	  echo "No Python >= 3.11 with the venv module on PATH (Debian and Ubuntu: apt-get install python3-venv); or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$found ($$("$$found" --version))" >&2; \
+	"$$found" -m venv $(VENV)
+
+# Each stamp is newer than the lock it was installed from, so a second call does nothing.
+# dev.lock holds every line of notebooks.lock, so it satisfies both.
+INSTALL_KIT = $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+$(VENV)/.notebooks: requirements/notebooks.lock pyproject.toml | $(BIN)/python
+	@echo "Installing requirements/notebooks.lock" >&2
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/notebooks.lock
+	@$(INSTALL_KIT)
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.lock pyproject.toml | $(BIN)/python
+	@echo "Installing requirements/dev.lock" >&2
+	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.lock
+	@$(INSTALL_KIT)
+	@touch $@ $(VENV)/.notebooks
+
+setup: $(VENV)/.notebooks
+
+run: $(VENV)/.notebooks
+	@$(BIN)/kit run $(if $(GPU),--gpu $(GPU)) $(if $(SCENARIO),--scenario $(SCENARIO)) \
+	  $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) $(ARGS)
+
+test: lint
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests kit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout=120 notebooks
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@lines=$$(find kit -name '*.py' -exec cat {} + | wc -l); \
+	echo "kit/ has $$lines lines of at most 6000"; [ $$lines -le 6000 ]
+
+notebooks: $(VENV)/.dev
+	@$(BIN)/python notebooks/build.py $(ARGS)
+
+lab: $(VENV)/.notebooks
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
+
+# Universal resolutions: the same lock serves Linux, macOS and Windows. No index address gets into them.
+COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --upgrade \
+  --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --no-config
+
+lock: $(VENV)/.dev
+	$(COMPILE) --extra notebooks --extra build -o requirements/notebooks.lock
+	$(COMPILE) --extra notebooks --extra build --extra dev -c requirements/notebooks.lock -o requirements/dev.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
