@@ -1,0 +1,132 @@
+"""KV blocks and the prefix cache: runs of blocks (extents), the least recently used evicted first.
+
+An extent is a chain of blocks that is always reached from its first one: a shared system prompt,
+a session's own context, a run of trace hashes. A prompt is a path of extents, each with the block
+count at which it ends. Only how many leading blocks of an extent are cached has to be kept, so a
+turn costs one look-up per extent, not one per block, with the result of per-block LRU.
+"""
+
+from collections import OrderedDict
+
+Path = tuple[tuple[int, int], ...]
+OPEN_END = 1 << 60  # the end of an extent that grows with its session
+
+
+class BlockPool:
+    """KV blocks of one engine: total = free + private + cached, in blocks.
+
+    >>> pool = BlockPool(10)
+    >>> pool.pin(path := ((7, 4),)); pool.take(5); pool.share(path, 4)
+    4
+    >>> pool.unpin(path); pool.give(1)
+    >>> pool.match(path), pool.free, pool.evictable
+    (4, 6, 4)
+    >>> pool.take(8); pool.match(path)
+    2
+    """
+
+    __slots__ = ("_extents", "_lru", "cached", "evictable", "free", "total")
+
+    def __init__(self, total_blocks: int) -> None:
+        self.total = self.free = total_blocks
+        self.cached = self.evictable = 0
+        self._extents: dict[int, list[int]] = {}  # extent -> [cached blocks, pins]
+        self._lru: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Blocks that a request can have: free ones and cached ones that nobody uses."""
+        return self.free + self.evictable
+
+    @property
+    def used(self) -> int:
+        """Blocks held by running requests, shared ones once."""
+        return self.total - self.free - self.evictable
+
+    def match(self, path: Path) -> int:
+        """Leading blocks of the path that are cached."""
+        start = 0
+        extents = self._extents
+        for key, end in path:
+            extent = extents.get(key)
+            if extent is None:
+                return start
+            if extent[0] < end - start:
+                return start + extent[0]
+            start = end
+        return start
+
+    def pin_cost(self, path: Path) -> int:
+        """Blocks that pinning the path takes out of `available`."""
+        return sum(self._extents[key][0] for key, _ in path if key in self._lru)
+
+    def pin(self, path: Path) -> None:
+        """Protect the path's extents from eviction until `unpin`."""
+        for key, _ in path:
+            extent = self._extents.get(key)
+            if extent is None:
+                self._extents[key] = [0, 1]
+                continue
+            if extent[1] == 0:
+                del self._lru[key]
+                self.evictable -= extent[0]
+            extent[1] += 1
+
+    def unpin(self, path: Path) -> None:
+        """Give the path back to the cache as most recently used, its tail first to go."""
+        for key, _ in reversed(path):
+            extent = self._extents[key]
+            extent[1] -= 1
+            if extent[1] == 0:
+                if extent[0]:
+                    self._lru[key] = None
+                    self.evictable += extent[0]
+                else:
+                    del self._extents[key]
+
+    def share(self, path: Path, upto: int) -> int:
+        """Blocks that turn from private to cached once the first `upto` of a pinned path exist."""
+        start = moved = 0
+        for key, end in path:
+            if upto <= start:
+                break
+            extent = self._extents[key]
+            more = min(upto, end) - start - extent[0]
+            if more > 0:
+                extent[0] += more
+                moved += more
+            start = end
+        self.cached += moved
+        return moved
+
+    def take(self, blocks: int) -> None:
+        """Make `blocks` private (the caller has checked `available`), evicting what is needed."""
+        self.free -= blocks
+        if self.free < 0:
+            self._evict(-self.free)
+
+    def give(self, blocks: int) -> None:
+        """Return private blocks."""
+        self.free += blocks
+
+    def drop(self, path: Path) -> None:
+        """Forget the unpinned extents of a path: its KV is lost."""
+        for key, _ in path:
+            if key in self._lru:
+                self._remove(key, self._extents[key][0])
+
+    def _evict(self, blocks: int) -> None:
+        while blocks > 0:
+            key = next(iter(self._lru))
+            blocks -= self._remove(key, blocks)
+
+    def _remove(self, key: int, blocks: int) -> int:
+        extent = self._extents[key]
+        removed = min(blocks, extent[0])
+        extent[0] -= removed
+        self.cached -= removed
+        self.evictable -= removed
+        self.free += removed
+        if extent[0] == 0:
+            del self._lru[key], self._extents[key]
+        return removed

@@ -1,0 +1,57 @@
+"""What a scheduler is told and what it plans: limits, calls, steps."""
+
+from dataclasses import dataclass
+
+from kit.scheduler.pool import Path
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits and policy of one replica; tokens, blocks and counts."""
+
+    kv_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 1 << 30
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    enable_prefix_caching: bool = True
+    mixed_steps: bool = True  # False: a step is prefill or decode, prefill first (SGLang)
+    reserve_own_output_fraction: float = 0.0  # admission keeps room for this share of its output
+    reserve_running_output_fraction: float = 0.0  # ... and of what running requests still generate
+
+
+class Request:
+    """One call: what the caller fills in, and the scheduler's state of it."""
+
+    __slots__ = (
+        "blocks", "clock0", "computed", "decoding", "finish_clock", "generated", "hit_tokens",
+        "input_len", "key", "order", "output_len", "owner", "path", "preemptions", "shared",
+        "slots0", "target", "times",
+    )  # fmt: skip
+
+    def __init__(
+        self, key: int, input_len: int, output_len: int, path: Path = (), owner: object = None
+    ) -> None:
+        self.key, self.input_len, self.output_len = key, input_len, output_len
+        self.path, self.owner = path, owner
+        self.target = input_len  # tokens to prefill: more after a preemption
+        self.generated = self.preemptions = self.computed = self.blocks = self.shared = 0
+        self.order = self.finish_clock = self.clock0 = self.slots0 = 0
+        self.decoding = False
+        self.hit_tokens = -1  # prompt tokens found in the prefix cache, -1 before admission
+        self.times: list[int] = []  # the caller's own
+
+
+class Batch:
+    """One planned step: prefill chunks (request, tokens, context before) and decode rows."""
+
+    __slots__ = ("admitted", "chunks", "context", "decodes", "preempted")
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[Request, int, int]] = []
+        self.admitted: list[Request] = []  # requests that leave the queue with this step
+        self.preempted: list[Request] = []
+        self.decodes = 0  # rows that generate one token each
+        self.context = 0  # KV tokens that the decode rows read, in all
