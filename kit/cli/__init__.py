@@ -30,7 +30,9 @@ def main() -> None:
 
 def _print_help() -> None:
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    sys.stdout.write("usage: kit COMMAND [OPTIONS]   (kit COMMAND --help)\n\n" + "\n".join(lines) + "\n")
+    sys.stdout.write(
+        "usage: kit COMMAND [OPTIONS]   (kit COMMAND --help)\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 def _call(name: str, arguments: list[str]) -> None:

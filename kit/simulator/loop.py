@@ -72,7 +72,9 @@ class Replica:
         if self.slope == 0:
             return max(1, -(-wanted // self.base))
         linear = 2 * self.base - self.slope
-        steps = (isqrt(linear * linear + 8 * self.slope * max(wanted, 0)) - linear) // (2 * self.slope)
+        steps = (isqrt(linear * linear + 8 * self.slope * max(wanted, 0)) - linear) // (
+            2 * self.slope
+        )
         steps = max(1, steps)
         while self.ticks(steps) < wanted:
             steps += 1
@@ -166,7 +168,9 @@ class Simulation:
             path = ((state.chain, OPEN_END),)
             if session.shared_prefix_tokens >= size:
                 path = ((-1 - session.prefix_id, session.shared_prefix_tokens // size), *path)
-        request = Request(next(self._keys), state.context + turn.new_tokens, turn.output_len, path, state)
+        request = Request(
+            next(self._keys), state.context + turn.new_tokens, turn.output_len, path, state
+        )
         request.times = [self.now]
         replica = state.replica = self._pick(state, request)
         scheduler = replica.scheduler

@@ -1,0 +1,119 @@
+"""Models of data/models, of a user's config.json, or of a reachable hub."""
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kit.catalog.architecture import ModelSpec, parse_config
+from kit.catalog.paths import DATA
+from kit.catalog.quantization import split_suffix
+from kit.errors import UserError, unknown
+
+# Words that name a tuning of one shape, not another shape.
+_VARIANT = re.compile(r"-(instruct|it|chat|hf|base|text|thinking|\d{4})(?=-|$)")
+
+
+def normalize(name: str) -> str:
+    """A name as look-ups compare it: no organisation, case, tuning or "meta-" prefix.
+
+    >>> normalize("RedHatAI/Meta-Llama-3.1-8B-Instruct")
+    'llama-3.1-8b'
+    """
+    short = name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
+    return _VARIANT.sub("", short.removeprefix("meta-"))
+
+
+@cache
+def _index() -> dict[str, Path]:
+    """Normalised key, id and aliases of every file in data/models."""
+    index: dict[str, Path] = {}
+    for path in sorted((DATA / "models").glob("*.json")):
+        index.setdefault(path.stem, path)
+    for path in sorted((DATA / "models").glob("*.json")):
+        record = _read_json(path)
+        for name in (record["id"], *record.get("aliases", [])):
+            index.setdefault(normalize(name), path)
+            index.setdefault(normalize(split_suffix(name)[0]), path)
+    return index
+
+
+def model_keys() -> list[str]:
+    """Every key of data/models."""
+    return [path.stem for path in sorted((DATA / "models").glob("*.json"))]
+
+
+def model(name: str) -> ModelSpec:
+    """The model of a key, an id, a path with a config.json, or a hub id; refuses others with near names."""
+    if spec := _from_path(name):
+        return spec
+    direct = DATA / "models" / f"{name.strip().lower()}.json"
+    if "/" not in name and direct.is_file():
+        return _from_record(direct)
+    base, quantization = split_suffix(name.strip())
+    path = _index().get(normalize(name)) or _index().get(normalize(base))
+    if path is None:
+        spec = _from_hub(name)
+        if spec is None:
+            raise unknown("model", name, model_keys())
+        return spec
+    spec = _from_record(path)
+    return replace(spec, quantization=quantization) if quantization else spec
+
+
+@cache
+def _from_record(path: Path) -> ModelSpec:
+    record = _read_json(path)
+    return parse_config(
+        record["config"],
+        key=path.stem,
+        vision_parameters=record.get("vision_parameters"),
+        source=record.get("source", path.name),
+    )
+
+
+def _from_path(name: str) -> ModelSpec | None:
+    """A folder or file on disk; None where the name is no path."""
+    path = Path(name).expanduser()
+    looks_like_path = name.endswith(".json") or name.startswith((".", "/", "~"))
+    if not path.exists():
+        if looks_like_path:
+            raise UserError(f"no such file or folder: {name}")
+        return None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name}: no config.json in this folder")
+        path = path / "config.json"
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: config.json must hold a JSON object")
+    return parse_config(config, key=str(path))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _from_hub(name: str) -> ModelSpec | None:
+    """The config.json of a hub id, None where the hub is not reachable or has none."""
+    if "/" not in name or os.environ.get("HF_HUB_OFFLINE") == "1":
+        return None
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json")
+    if token := os.environ.get("HF_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return parse_config(json.load(answer), key=name, source=f"{endpoint}/{name}")
+    except (urllib.error.URLError, OSError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,88 @@
+"""Weight formats: what a name's suffix or a config.json's quantization_config says."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kit.errors import UserError, unknown
+
+QUANTIZATIONS = ("bf16", "fp8", "int8", "int4-awq", "int4-gptq", "int4-bnb", "mxfp4", "nvfp4")
+
+# Longest first: a suffix is cut once, then the rest is looked at again.
+_SUFFIXES = (
+    (r"[-.](unsloth-)?bnb-4bit", "int4-bnb"),
+    (r"[-.]gptq-int8", "int8"),
+    (r"[-.](gptq(-int4|-4bit)?|quantized\.w4a16|w4a16(-g\d+)?)", "int4-gptq"),
+    (r"[-.](awq(-int4|-4bit)?|int4)", "int4-awq"),
+    (r"[-.](quantized\.w8a8|w8a8|quantized\.w8a16|int8)", "int8"),
+    (r"[-.]nvfp4", "nvfp4"),
+    (r"[-.]mxfp4", "mxfp4"),
+    (r"[-.]fp4", "nvfp4"),
+    (r"[-.]fp8([-_](dynamic|block|kv))?", "fp8"),
+    (r"[-.](bf16|fp16)", "bf16"),
+)
+
+
+def split_suffix(name: str) -> tuple[str, str | None]:
+    """The name without its quantisation suffix, and the quantisation that it stands for.
+
+    >>> split_suffix("Meta-Llama-3.1-8B-Instruct-FP8-dynamic")
+    ('Meta-Llama-3.1-8B-Instruct', 'fp8')
+    >>> split_suffix("Qwen3-8B")
+    ('Qwen3-8B', None)
+    """
+    for pattern, quantization in _SUFFIXES:
+        if match := re.search(pattern + r"$", name, re.IGNORECASE):
+            return name[: match.start()], quantization
+    return name, None
+
+
+def check_quantization(value: str) -> str:
+    """The value itself; refuses one that no engine adapter knows."""
+    if value not in QUANTIZATIONS:
+        raise unknown("quantization", value, QUANTIZATIONS)
+    return value
+
+
+def quantization_of(config: Mapping[str, Any], where: str) -> tuple[str | None, tuple[str, ...]]:
+    """Quantisation of a checkpoint and the module patterns that it leaves in 16 bits."""
+    block = config.get("quantization_config")
+    if not block:
+        return None, ()
+    if not isinstance(block, Mapping):
+        raise UserError(f"{where}: quantization_config must be an object, got {block!r}")
+    kept = block.get("modules_to_not_convert") or block.get("ignore") or ()
+    return _method(block, where), tuple(str(name) for name in kept)
+
+
+def _method(block: Mapping[str, Any], where: str) -> str:
+    method = str(block.get("quant_method", "")).lower()
+    bits = block.get("bits") or block.get("w_bit")
+    if method in ("gptq", "auto-round"):
+        return "int8" if bits == 8 else "int4-gptq"
+    if method == "bitsandbytes":
+        return "int8" if block.get("load_in_8bit") else "int4-bnb"
+    if method == "compressed-tensors":
+        return _compressed_tensors(block)
+    if method == "modelopt":
+        return "nvfp4" if "FP4" in str(block.get("quant_algo", block)).upper() else "fp8"
+    names = {
+        "fp8": "fp8",
+        "fbgemm_fp8": "fp8",
+        "awq": "int4-awq",
+        "mxfp4": "mxfp4",
+        "modelopt_fp4": "nvfp4",
+    }
+    if method not in names:
+        choices = [*names, "gptq", "bitsandbytes", "compressed-tensors", "modelopt"]
+        raise unknown(f"quant_method in {where}", method, choices)
+    return names[method]
+
+
+def _compressed_tensors(block: Mapping[str, Any]) -> str:
+    for group in (block.get("config_groups") or {}).values():
+        weights = (group or {}).get("weights") or {}
+        if weights.get("num_bits") == 4:
+            return "nvfp4" if weights.get("type") == "float" else "int4-gptq"
+        return "fp8" if weights.get("type") == "float" else "int8"
+    return "fp8"

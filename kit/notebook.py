@@ -1,0 +1,194 @@
+"""What every notebook opens and closes with: parameters checked, earlier results, a decision."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kit import __version__, catalog
+from kit.errors import UserError, unknown
+
+SOURCES = ("emulator", "live", "recorded")
+PROVENANCE = ("measured", "modelled", "quoted")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One notebook's run: its checked parameters and where its results go."""
+
+    notebook: str
+    gpu: catalog.GpuSpec
+    model: catalog.ModelSpec
+    scenario: str
+    engine: str
+    source: str  # of its measurements: emulator, live or recorded
+    base_url: str
+    output_dir: Path | None  # None: write no files
+
+    def earlier(self, notebook: str) -> dict[str, Any] | None:
+        """The results.json of an earlier notebook of this run, None where it has not run.
+
+        Results of another model or scenario are left aside with a line that says so.
+        """
+        if self.output_dir is None:
+            return None
+        path = self.output_dir.parent / notebook / "results.json"
+        if not path.exists():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name, own in self._identity().items():
+            if found.get(name) != own:
+                _say(f"{notebook} ran with {name} {found.get(name)!r}, not {own!r}: left aside")
+                return None
+        return found
+
+    def finish(self, results: Mapping[str, Any], decision: Sequence[str]) -> None:
+        """Print the decision lines and, where there is an output_dir, write results.json."""
+        _say("\n".join(decision))
+        if self.output_dir is None:
+            return
+        record = {
+            "notebook": self.notebook,
+            **self._identity(),
+            "source": self.source,
+            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "kit_version": __version__,
+            "decision": list(decision),
+            "results": dict(results),
+        }
+        text = json.dumps(record, indent=2, default=_plain, allow_nan=False)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = self.output_dir / "results.json.part"
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(self.output_dir / "results.json")
+
+    def _identity(self) -> dict[str, str]:
+        return {"gpu": self.gpu.key, "model": self.model.key, "scenario": self.scenario}
+
+
+def begin(
+    notebook: str,
+    *,
+    gpu: str,
+    model: str,
+    scenario: str = "",
+    engine: str = "vllm",
+    source: str = "emulator",
+    base_url: str = "",
+    output_dir: str = "",
+) -> Run:
+    """Check the parameters, load the plot style, print versions and mode in one line."""
+    if source not in SOURCES:
+        raise unknown("source", source, SOURCES)
+    if source == "live" and not base_url:
+        raise UserError("source 'live' needs a base_url")
+    run = Run(
+        notebook=notebook,
+        gpu=catalog.gpu(gpu),
+        model=catalog.model(model),
+        scenario=scenario,
+        engine=engine,
+        source=source,
+        base_url=base_url,
+        output_dir=Path(output_dir) if output_dir else None,
+    )
+    _load_style()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "matplotlib"))
+    place = base_url if source == "live" else f"source {source}"
+    _say(
+        f"{notebook}: kit {__version__}, Python {platform.python_version()}, {packages}; "
+        f"{run.model.key} on {run.gpu.key}, {engine}, {place}"
+    )
+    return run
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """The items, with a line on stdout at the start and at 25, 50, 75 and 100 %."""
+    total = len(items)
+    _say(f"{label}: 0 of {total}")
+    told = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        if done * 4 // total > told:
+            told = done * 4 // total
+            _say(f"{label}: {done} of {total} ({told * 25} %)")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> str:
+    """Rows as aligned plain text; `columns` maps keys to headings, by default every key as it is.
+
+    A column `provenance` may hold measured, modelled or quoted and nothing else.
+
+    >>> print(table([{"gpu": "l4-24gb", "sessions": 12, "provenance": "modelled"}]))
+    gpu      sessions  provenance
+    -------  --------  ----------
+    l4-24gb        12  modelled
+    """
+    heads = dict(columns) if columns is not None else {key: key for key in rows[0]}
+    for row in rows:
+        if "provenance" in row and row["provenance"] not in PROVENANCE:
+            raise unknown("provenance", row["provenance"], PROVENANCE)
+    numeric = {key for key in heads if all(_is_number(row.get(key)) for row in rows)}
+    cells = [[_cell(row.get(key)) for key in heads] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads.values(), *cells, strict=True)]
+    sides: list[Callable[[str, int], str]] = [
+        str.rjust if key in numeric else str.ljust for key in heads
+    ]
+    lines = [list(heads.values()), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(s(t, w) for s, t, w in zip(sides, line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def check(answer: float | str | None, expected: float | str, *, tolerance: float = 0.02) -> str:
+    """The verdict on an exercise's answer; numbers may be off by a fraction.
+
+    >>> check(None, 12), check(12.1, 12), check(20, 12)
+    ('not answered yet', 'right', 'not yet: 20 is off, try again')
+    """
+    if answer is None:
+        return "not answered yet"
+    right = answer == expected
+    if not isinstance(answer, str) and not isinstance(expected, str):
+        right = abs(answer - expected) <= tolerance * abs(expected)
+    return "right" if right else f"not yet: {answer} is off, try again"
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
+        return f"{int(value):,}"
+    if not isinstance(value, Real):
+        return str(value)
+    number = float(value)
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _plain(value: Any) -> Any:
+    """Numpy scalars and arrays as JSON."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _load_style() -> None:
+    import matplotlib.style
+
+    matplotlib.style.use(Path(__file__).with_name("kit.mplstyle"))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")

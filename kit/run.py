@@ -1,0 +1,213 @@
+"""The walkthrough: notebooks through papermill, strictly, into one folder with a report per GPU."""
+
+import ast
+import http.client
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kit import catalog, report
+from kit.catalog.paths import DATA, load_yaml
+from kit.errors import UserError, unknown
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+DEFAULT_GPU = "h100-sxm-80gb"
+
+
+def visible_gpu() -> str | None:
+    """NVML's name of this host's first visible GPU, None where there is none.
+
+    CUDA_VISIBLE_DEVICES="" hides them, as it does for engines.
+    """
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if visible in ("", "-1"):
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            if visible.isdigit():
+                handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+            else:
+                handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
+            return str(pynvml.nvmlDeviceGetName(handle))
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
+def choose_gpu(asked: str | None, found: str | None) -> str:
+    """The GPU key to run for: the one asked for, which must be the one found on a GPU host."""
+    key = catalog.gpu(asked).key if asked else None
+    if found is None:
+        return key or DEFAULT_GPU
+    keys = [k for k in catalog.gpu_keys() if _named(catalog.gpu(k), found)]
+    if (key in keys) if key else len(keys) == 1:
+        return key or keys[0]
+    raise UserError(
+        f"--gpu {asked or '(not given)'}: this host has {found!r} ({' or '.join(keys) or 'no key'} "
+        'in data/gpus.yaml); CUDA_VISIBLE_DEVICES="" hides it'
+    )
+
+
+def _named(gpu: catalog.GpuSpec, found: str) -> bool:
+    return any(re.match(pattern, found, re.IGNORECASE) for pattern in gpu.nvml_names)
+
+
+def scenario_file(given: Path) -> Path:
+    """The scenario's absolute path, from a file or a key of data/scenarios."""
+    bundled = {path.stem: path for path in (DATA / "scenarios").glob("*.yaml")}
+    path = bundled.get(str(given), given)
+    if not path.is_file():
+        raise UserError(f"--scenario {given}: no such file; bundled: {', '.join(sorted(bundled))}")
+    if not isinstance(load_yaml(path), dict):
+        raise UserError(f"--scenario {given}: not a mapping of names to values")
+    return path.resolve()
+
+
+def reachable(base_url: str) -> str:
+    """The server's address without /v1, once it has answered at all."""
+    root = base_url.rstrip("/").removesuffix("/v1")
+    try:
+        urllib.request.urlopen(root + "/v1/models", timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # an answer: it may want a key
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"--base-url {base_url}: cannot be reached ({error})") from None
+    return root
+
+
+def select(wanted: Sequence[str], folder: Path | None = None) -> list[Path]:
+    """The notebooks in order, all of them or those named by number or name."""
+    folder = folder or NOTEBOOKS
+    paths = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not paths:
+        raise UserError(f"no notebooks in {folder}; kit run works from a clone of the project")
+    numbers = {stem[:2]: stem for stem in paths}
+    for name in wanted:
+        if name not in paths and name not in numbers:
+            raise unknown("notebook", name, paths)
+    chosen = {numbers.get(name, name) for name in wanted} or set(paths)
+    return [path for stem, path in paths.items() if stem in chosen]
+
+
+def parameters_of(notebook: Path) -> dict[str, Any]:
+    """Names and defaults of the cell tagged `parameters`; papermill must see the same names."""
+    import papermill
+
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    if len(tagged) != 1:
+        raise UserError(f"{notebook}: {len(tagged)} cells tagged parameters, must be 1")
+    defaults: dict[str, Any] = {}
+    for node in ast.parse("".join(tagged[0]["source"])).body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            raise UserError(f"{notebook}: a parameter is `name: type = literal`")
+        defaults[node.target.id] = ast.literal_eval(node.value) if node.value else None
+    seen = set(papermill.inspect_notebook(str(notebook)))
+    if seen != set(defaults):
+        lost = ", ".join(sorted(seen ^ set(defaults)))
+        raise UserError(f"{notebook}: papermill does not read the parameter {lost}")
+    return defaults
+
+
+def preset(gpu: str, folder: Path | None = None) -> dict[str, Any]:
+    """The parameters that notebooks/parameters gives this GPU; each must be some notebook's."""
+    path = (folder or NOTEBOOKS) / "parameters" / f"{gpu}.yaml"
+    values = {**(load_yaml(path) if path.exists() else {}), "gpu": gpu}
+    names = {name for notebook in select((), folder) for name in parameters_of(notebook)}
+    for name in values:
+        if name not in names:
+            raise UserError(f"{path}: {unknown('parameter', name, names)}")
+    return values
+
+
+def fill(
+    notebooks: Sequence[Path], given: Mapping[str, Any], asked: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Parameters by notebook from the preset and the text of --set; an unknown name is refused."""
+    known = {path.stem: parameters_of(path) for path in notebooks}
+    names = {name for defaults in known.values() for name in defaults}
+    for name in asked:
+        if name not in names:
+            raise unknown("parameter", name, names, shown=len(names))
+    filled: dict[str, dict[str, Any]] = {}
+    for notebook, defaults in known.items():
+        values = dict(given) | {n: _parsed(text, defaults.get(n)) for n, text in asked.items()}
+        filled[notebook] = {n: _typed(n, values[n], defaults[n]) for n in values if n in defaults}
+    return filled
+
+
+def _parsed(text: str, default: Any) -> Any:
+    try:
+        return text if isinstance(default, str) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """The value as its default's type; a whole number serves as a float, nothing else converts."""
+    kind = type(default)
+    if kind is float and type(value) is int:
+        return float(value)
+    if default is not None and type(value) is not kind:
+        raise UserError(f"parameter {name} is {kind.__name__}, like {default!r}; got {value!r}")
+    return value
+
+
+def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one notebook into its folder and describe it; a failing one leaves what it got to."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from traitlets.config import Config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "results.json").exists():  # kept, but not mistaken for this run's
+        (folder / "results.json").replace(folder / "results.previous.json")
+    try:
+        papermill.execute_notebook(
+            notebook,
+            folder / "notebook.ipynb",
+            parameters={**parameters, "output_dir": str(folder)},
+            kernel_name="python3",
+            progress_bar=False,
+            config=Config(KernelManager={"transport_encryption": "auto"}),
+        )
+    except papermill.PapermillExecutionError:
+        pass  # the stored notebook tells it
+    except (DeadKernelError, CellTimeoutError) as failure:
+        report.mark_stopped(folder, f"{type(failure).__name__}: {failure}")
+    report.write(folder)
+    return report.describe(folder)
+
+
+def walkthrough(
+    notebooks: Sequence[Path], root: Path, given: Mapping[str, Any], asked: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], Path]:
+    """Run the notebooks one after the other into root; returns their rows and the index's path.
+
+    A user's mistake that only a notebook finds (an unknown model, say) ends the run as UserError.
+    """
+    filled = fill(notebooks, given, asked)
+    root = root.resolve()
+    rows: list[dict[str, Any]] = []
+    for number, path in enumerate(notebooks, start=1):
+        sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")
+        sys.stderr.flush()
+        rows.append(execute(path, root / path.stem, filled[path.stem]))
+        index = report.write_index(root)
+        row = rows[-1]
+        sys.stderr.write(f"{row['error'] or row['status']}, {row['duration_s'] or 0:.1f} s\n")
+        if ": UserError: " in (row["error"] or ""):
+            raise UserError(f"{path.stem}, {row['error'].replace('UserError: ', '')}")
+    return rows, index
