@@ -84,7 +84,7 @@ def begin(
     base_url: str = "",
     output_dir: str = "",
 ) -> Run:
-    """Check the parameters, load the plot style, print versions and mode in one line."""
+    """Check the parameters, load the plot style, print the mode and the versions."""
     if source not in SOURCES:
         raise unknown("source", source, SOURCES)
     if source == "live" and not base_url:
@@ -102,10 +102,8 @@ def begin(
     _load_style()
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "matplotlib"))
     place = base_url if source == "live" else f"source {source}"
-    _say(
-        f"{notebook}: kit {__version__}, Python {platform.python_version()}, {packages}; "
-        f"{run.model.key} on {run.gpu.key}, {engine}, {place}"
-    )
+    _say(f"{run.model.key} on {run.gpu.key}, {engine}, {place}")
+    _say(f"kit {__version__}, Python {platform.python_version()}, {packages}")
     return run
 
 

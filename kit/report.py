@@ -16,7 +16,8 @@ def describe(folder: Path) -> dict[str, Any]:
     """What a notebook's folder says of its run: status, time, error, decision, parameters."""
     book = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
     ran = book["metadata"]["papermill"]
-    results = folder / "results.json"
+    path = folder / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     failed = ran["exception"] or ran["end_time"] is None
     return {
         "notebook": folder.name,
@@ -24,10 +25,11 @@ def describe(folder: Path) -> dict[str, Any]:
         "status": "failed" if failed else "done",
         "duration_s": ran["duration"],
         "error": (_error(book) or ran.get("stopped") or "cut off") if failed else None,
-        "decision": json.loads(results.read_text())["decision"] if results.exists() else [],
+        "model": results.get("model"),
+        "decision": results.get("decision", []),
         "parameters": ran["parameters"],
         "report": str(folder / "report.html"),
-        "results": str(results) if results.exists() else None,
+        "results": str(path) if results else None,
     }
 
 
@@ -60,7 +62,8 @@ def write(folder: Path) -> None:
     from pygments.formatters import HtmlFormatter
     from traitlets.config import Config
 
-    remover = {"enabled": True, "remove_cell_tags": ["remove-cell", "papermill-error-cell-tag"]}
+    tags = ["remove-cell", "exercise", "papermill-error-cell-tag"]
+    remover = {"enabled": True, "remove_cell_tags": tags}
     exporter = HTMLExporter(
         config=Config({"TagRemovePreprocessor": remover}),
         extra_template_basedirs=[str(TEMPLATES)],
