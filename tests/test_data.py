@@ -5,10 +5,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -394,11 +395,7 @@ NVML_NAMES = {
 
 @pytest.mark.parametrize(("device", "key"), NVML_NAMES.items())
 def test_nvml_name_recognises_one_gpu(device: str, key: str | None) -> None:
-    matches = [
-        name
-        for name, record in GPUS.items()
-        if any(re.search(pattern, device.lower()) for pattern in record["nvml_names"])
-    ]
+    matches = [name for name, record in GPUS.items() if device.lower() in record["nvml_names"]]
     assert matches == ([key] if key else [])
 
 
@@ -421,3 +418,141 @@ def test_memory_agrees_with_logged_totals(label: str, key: str) -> None:
     assert totals
     for total in totals:
         assert GPUS[key]["memory_bytes"] / GIB == pytest.approx(total, rel=0.001)
+
+
+# --- scenarios ---
+
+SCENARIO_KEYS = [
+    "burst-10000",
+    "cron-burst",
+    "single-agent",
+    "multi-agent",
+    "api-cluster",
+    "reasoning",
+    "simple-qa",
+    "customer-service",
+    "complex-reasoning",
+    "orchestrator",
+    "customer-service-daily",
+    "voice-agent",
+    "coding-agent",
+    "deep-research",
+]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Steady(Strict):
+    kind: Literal["steady"]
+
+
+class Poisson(Strict):
+    kind: Literal["poisson"]
+    sessions_per_s: PositiveFloat
+
+
+class Step(Strict):
+    kind: Literal["step"]
+    count: PositiveInt
+    counts: Literal["calls", "sessions"]
+
+
+class SilentBurst(Strict):
+    kind: Literal["silent-burst"]
+    silent_s: PositiveInt
+    burst_s: PositiveInt
+    count: PositiveInt
+    counts: Literal["calls", "sessions"]
+
+
+class Daily(Strict):
+    kind: Literal["daily"]
+    peak_to_mean: PositiveFloat
+
+
+class Slo(Strict):
+    ttft_s: PositiveFloat
+    tpot_s: PositiveFloat
+    e2el_s: PositiveFloat | None
+
+
+class Role(Strict):
+    role: str
+    model: str
+    sessions: PositiveInt
+    context_tokens: PositiveInt
+
+
+class Scenario(Strict):
+    key: str
+    title: str
+    question: str
+    source: str
+    date: str
+    model: str
+    models: list[Role] | None = None
+    quantization: Literal["bf16", "fp8", "int8", "int4-awq", "int4-gptq", "mxfp4", "nvfp4"] | None
+    gpus: list[str]
+    gpu_count: PositiveInt
+    sessions: PositiveInt
+    paused_sessions: NonNegativeInt
+    context_tokens: PositiveInt
+    turns: PositiveInt
+    input_tokens_first_turn: PositiveInt
+    tokens_added_per_turn: NonNegativeInt
+    output_tokens_per_turn: PositiveInt
+    arrivals: Annotated[Steady | Poisson | Step | SilentBurst | Daily, Field(discriminator="kind")]
+    slo: Slo
+    conversations_per_day: PositiveInt | None
+    workload: str
+    assumed: list[str]
+    notes: str
+
+
+def test_scenarios_are_those_promised() -> None:
+    assert sorted(path.stem for path in SCENARIO_FILES) == sorted(SCENARIO_KEYS)
+
+
+@pytest.mark.parametrize("path", SCENARIO_FILES, ids=lambda path: path.stem)
+def test_scenario(path: Path) -> None:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    scenario = Scenario.model_validate(values)
+    assert scenario.key == path.stem
+    assert scenario.question.endswith("?")
+    assert set(scenario.gpus) <= set(GPUS)
+    assert {scenario.model, *(role.model for role in scenario.models or ())} <= set(MODELS)
+    per_turn = scenario.tokens_added_per_turn + scenario.output_tokens_per_turn
+    last = scenario.input_tokens_first_turn + (scenario.turns - 1) * per_turn
+    assert last + scenario.output_tokens_per_turn <= scenario.context_tokens
+    config = MODELS[scenario.model]["config"]
+    longest = config.get("text_config", config)["max_position_embeddings"]
+    assert scenario.context_tokens <= longest
+    if scenario.models:
+        assert sum(role.sessions for role in scenario.models) == scenario.sessions
+    daily = scenario.arrivals.kind == "daily"
+    assert daily == (scenario.conversations_per_day is not None)
+    for name in scenario.assumed:  # each names a field of the scenario
+        assert name.split(".")[0] in values
+
+
+def test_daily_volume_is_the_articles() -> None:
+    """10,000 conversations of 5 turns of 200 tokens: 116 tokens/s, 1,157 at ten times that."""
+    scenario = yaml.safe_load(
+        (DATA / "scenarios" / "customer-service-daily.yaml").read_text(encoding="utf-8")
+    )
+    tokens = scenario["conversations_per_day"] * scenario["turns"]
+    mean_per_s = tokens * scenario["output_tokens_per_turn"] / 86_400
+    assert mean_per_s == pytest.approx(115.74, abs=0.01)
+    assert mean_per_s * scenario["arrivals"]["peak_to_mean"] == pytest.approx(1157.4, abs=0.1)
+
+
+def test_readme_lists_every_catalogue_folder() -> None:
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    for name in ("gpus.yaml", "models/", "scenarios/"):
+        assert f"`{name}" in text
+    for count, noun in ((len(GPUS), "GPUs"), (len(MODELS), "models"), (len(SCENARIO_FILES), "sce")):
+        assert f"| {count} {noun}" in text
+    missing = [field for field in Scenario.model_fields if f"`{field}`" not in text]
+    assert not missing
