@@ -1,0 +1,71 @@
+"""Agent workloads: what a session asks of a server, and when sessions come.
+
+What the simulator and the load generator share is an iterator of `Session`, ordered by `arrival_s`.
+Sessions arrive open-loop. Turns inside a session are closed-loop: turn k + 1 is sent
+`pause_after_s` after turn k has ended, and not before every child of turn k has ended (join).
+
+Context rule: turn 0 sends `shared_prefix_tokens` (system prompt and tools, the same for all
+sessions with one `prefix_id`) and then its `new_tokens`; each later turn sends all that came
+before (prompts and outputs) and then its own `new_tokens`. `compact_to` replaces the session's own
+context, not the shared prefix, by that many fresh tokens before the turn's `new_tokens`.
+`Session.input_lens()` applies the rule.
+"""
+
+from collections.abc import Iterator
+from itertools import islice, takewhile
+from pathlib import Path
+
+import numpy as np
+
+from kit.errors import UserError, unknown
+from kit.workload.arrivals import Burst
+from kit.workload.body import Workload
+from kit.workload.distribution import Distribution
+from kit.workload.session import Session, Turn
+
+__all__ = ["Distribution", "Session", "Turn", "Workload", "generate", "load", "names"]
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "workloads"
+
+
+def names() -> list[str]:
+    """Keys of data/workloads."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Workload:
+    """The workload with this key, or of this YAML file; UserError names file and field."""
+    import yaml
+    from pydantic import ValidationError
+
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("workload", name, names())
+    try:
+        return Workload.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "file"
+        value = "" if isinstance(first["input"], dict | list) else f" (got {first['input']!r})"
+        more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
+        raise UserError(f"{path}: {field}: {first['msg']}{value}{more}") from None
+
+
+def generate(
+    workload: Workload, seed: int, *, sessions: int | None = None, duration_s: float | None = None
+) -> Iterator[Session]:
+    """Sessions by arrival: at most `sessions`, before `duration_s`, the same for the same seed.
+
+    With both given the rates are scaled so that `sessions` are expected within `duration_s`.
+    """
+    arrivals = workload.arrivals
+    rate = arrivals.mean_rate_per_s()
+    if sessions is not None and duration_s is not None and rate is not None:
+        arrivals = arrivals.scaled(sessions / duration_s / rate)
+    if sessions is None and duration_s is None and not isinstance(arrivals, Burst):
+        raise UserError("give a number of sessions or a duration: the arrivals never end")
+    times = islice(arrivals.times(np.random.default_rng([seed, 0])), sessions)
+    for key, at_s in enumerate(takewhile(lambda t: duration_s is None or t < duration_s, times)):
+        yield workload.session.draw(np.random.default_rng([seed, 1, key]), key, at_s)

@@ -1,0 +1,189 @@
+"""When sessions arrive: the processes of a workload file, each an endless iterator of seconds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import count
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from kit.workload.distribution import Distribution, Model
+
+Rate = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Process(Model, ABC):
+    """Common to all: arrival times in ascending order."""
+
+    @abstractmethod
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        """Arrival times in seconds, ascending."""
+
+    def mean_rate_per_s(self) -> float | None:
+        """Long-run arrivals per second; None where only a count is defined."""
+        return None
+
+    def scaled(self, factor: float) -> Self:
+        """The same process with every rate multiplied."""
+        return self.model_copy(
+            update={name: value * factor for name, value in self if name.endswith("rate_per_s")}
+        )
+
+
+class Renewal(Process):
+    """Independent gaps: `constant`, `poisson`, or `gamma` with coefficient of variation `cv`."""
+
+    kind: Literal["constant", "poisson", "gamma"]
+    rate_per_s: Rate
+    cv: float = Field(1.0, gt=0)
+
+    def mean_rate_per_s(self) -> float:
+        return self.rate_per_s
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        cv = 1.0 if self.kind == "poisson" else self.cv
+        now = 0.0
+        while True:
+            gaps = np.full(1024, 1 / self.rate_per_s)
+            if self.kind != "constant":
+                gaps = rng.gamma(1 / cv**2, cv**2 / self.rate_per_s, 1024)
+            times = now + np.cumsum(gaps)
+            yield from times.tolist()
+            now = float(times[-1])
+
+
+class State(Model):
+    """A state of a modulated process; rate 0 is exactly silent."""
+
+    rate_per_s: Seconds
+    hold_s: Distribution
+    next: list[float] | None = None  # weights of the following state; None: the next in the list
+
+
+class Mmpp(Process):
+    """Poisson arrivals whose rate is that of the current state, first state first."""
+
+    kind: Literal["mmpp"]
+    states: list[State] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        for state in self.states:
+            if state.next is not None and (
+                len(state.next) != len(self.states) or min(state.next) < 0 or not sum(state.next)
+            ):
+                raise ValueError(f"next needs {len(self.states)} weights, one for each state")
+        if not any(state.rate_per_s for state in self.states):
+            raise ValueError("every state is silent")
+        return self
+
+    def _transitions(self) -> NDArray[np.float64]:
+        following = np.roll(np.eye(len(self.states)), 1, axis=1)
+        rows = [
+            f if s.next is None else s.next for s, f in zip(self.states, following, strict=True)
+        ]
+        return np.array([np.array(row) / np.sum(row) for row in rows])
+
+    def mean_rate_per_s(self) -> float:
+        size = len(self.states)
+        equations = np.vstack([self._transitions().T - np.eye(size), np.ones(size)])
+        visits = np.linalg.lstsq(equations, np.r_[np.zeros(size), 1.0], rcond=None)[0]
+        held = visits * [state.hold_s.average() for state in self.states]
+        return float(held @ [state.rate_per_s for state in self.states] / held.sum())
+
+    def scaled(self, factor: float) -> Self:
+        states = [s.model_copy(update={"rate_per_s": s.rate_per_s * factor}) for s in self.states]
+        return self.model_copy(update={"states": states})
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        transitions, now, index = self._transitions(), 0.0, 0
+        while True:
+            state = self.states[index]
+            hold = float(state.hold_s.sample(rng, 1)[0])
+            if state.rate_per_s:
+                arrivals = rng.poisson(state.rate_per_s * hold)
+                yield from (now + np.sort(rng.random(arrivals)) * hold).tolist()
+            now += hold
+            index = int(rng.choice(len(self.states), p=transitions[index]))
+
+
+class OnOff(Process):
+    """Poisson bursts between exactly silent periods."""
+
+    kind: Literal["on_off"]
+    on_rate_per_s: Rate
+    on_s: Distribution
+    off_s: Distribution
+    start: Literal["on", "off"] = "off"
+
+    def _modulated(self) -> Mmpp:
+        off = State(rate_per_s=0, hold_s=self.off_s)
+        on = State(rate_per_s=self.on_rate_per_s, hold_s=self.on_s)
+        return Mmpp(kind="mmpp", states=[on, off] if self.start == "on" else [off, on])
+
+    def mean_rate_per_s(self) -> float:
+        return self._modulated().mean_rate_per_s()
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        return self._modulated().times(rng)
+
+
+class Diurnal(Process):
+    """Poisson with a daily wave: `peak_to_mean` times the mean rate at `peak_at_s`."""
+
+    kind: Literal["diurnal"]
+    rate_per_s: Rate
+    peak_to_mean: float = Field(ge=1)
+    peak_at_s: Seconds = 50_400.0
+    period_s: Rate = 86_400.0
+
+    def mean_rate_per_s(self) -> float:
+        return self.rate_per_s
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        # exp(k cos) as the wave stays positive at any ratio; k from peak / mean = e^k / I0(k)
+        ratios = np.exp(ks := np.linspace(0, 700, 70_001)) / np.i0(ks)
+        k = float(np.interp(self.peak_to_mean, ratios, ks))
+        peak, now = self.rate_per_s * self.peak_to_mean, 0.0
+        while True:
+            times = now + np.cumsum(rng.exponential(1 / peak, 1024))
+            phase = 2 * np.pi * (times - self.peak_at_s) / self.period_s
+            yield from times[rng.random(1024) < np.exp(k * (np.cos(phase) - 1))].tolist()
+            now = float(times[-1])
+
+
+class Burst(Process):
+    """`size` sessions within `over_s` (0: at once): a `step` from nothing, a repeated `batch`."""
+
+    kind: Literal["step", "batch"]
+    size: int = Field(ge=1)
+    at_s: Seconds = 0.0
+    over_s: Seconds = 0.0
+    every_s: Rate | None = None
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        for start_s in count(self.at_s, self.every_s or 0.0):
+            yield from (start_s + np.arange(self.size) * self.over_s / self.size).tolist()
+            if self.every_s is None:
+                return
+
+
+class Recorded(Process):
+    """The arrival times of a trace file."""
+
+    kind: Literal["trace"]
+    file: str
+    format: str
+
+    def times(self, rng: np.random.Generator) -> Iterator[float]:
+        from kit.traces import read
+
+        yield from read(self.file, self.format).start_s()
+
+
+Arrivals = Annotated[
+    Renewal | Mmpp | OnOff | Diurnal | Burst | Recorded, Field(discriminator="kind")
+]
