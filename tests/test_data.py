@@ -369,6 +369,7 @@ NVML_NAMES = {
     "NVIDIA H200": "h200-sxm-141gb",
     "NVIDIA H200 NVL": None,
     "NVIDIA B200": "b200-sxm-180gb",
+    "NVIDIA B300 SXM6 AC": "b300-sxm-288gb",
     "NVIDIA GB200": "gb200-186gb",
     "NVIDIA A100-SXM4-80GB": "a100-sxm-80gb",
     "NVIDIA A100-SXM4-40GB": "a100-sxm-40gb",
@@ -395,7 +396,11 @@ NVML_NAMES = {
 
 @pytest.mark.parametrize(("device", "key"), NVML_NAMES.items())
 def test_nvml_name_recognises_one_gpu(device: str, key: str | None) -> None:
-    matches = [name for name, record in GPUS.items() if device.lower() in record["nvml_names"]]
+    matches = [
+        name
+        for name, record in GPUS.items()
+        if any(re.match(pattern, device, re.IGNORECASE) for pattern in record["nvml_names"])
+    ]
     assert matches == ([key] if key else [])
 
 
