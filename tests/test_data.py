@@ -56,7 +56,7 @@ def shared_rows(name: str) -> list[dict[str, str]]:
 
 # --- parameter counts, written out tensor by tensor and independent of the package ---
 
-QKV_BIAS = {"qwen2", "qwen2_moe", "qwen2_5_vl", "opt", "phi", "gpt_oss"}
+QKV_BIAS = {"qwen2", "qwen2_moe", "qwen2_5_vl", "glm4_moe", "opt", "phi", "gpt_oss"}
 OUTPUT_BIAS = {"opt", "phi", "gpt_oss"}
 QK_NORM = {
     "qwen3",
@@ -71,6 +71,7 @@ ROUTER_BIAS = {
     "deepseek_v3",
     "deepseek_v32",
     "kimi_k2",
+    "glm4_moe",
     "glm_moe_dsa",
     "minimax_m2",
     "deepseek_v4",
