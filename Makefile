@@ -62,7 +62,7 @@ run: $(VENV)/.notebooks
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests kit
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout=120 notebooks
+	  --nbval-cell-timeout=120 notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

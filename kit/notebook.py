@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kit import __version__, catalog
-from kit.errors import UserError, unknown
+from kit.errors import unknown
 
 SOURCES = ("emulator", "live", "recorded")
 PROVENANCE = ("measured", "modelled", "quoted")
@@ -27,9 +27,7 @@ class Run:
     gpu: catalog.GpuSpec
     model: catalog.ModelSpec
     scenario: str
-    engine: str
     source: str  # of its measurements: emulator, live or recorded
-    base_url: str
     output_dir: Path | None  # None: write no files
 
     def earlier(self, notebook: str) -> dict[str, Any] | None:
@@ -37,10 +35,8 @@ class Run:
 
         Results of another model or scenario are left aside with a line that says so.
         """
-        if self.output_dir is None:
-            return None
-        path = self.output_dir.parent / notebook / "results.json"
-        if not path.exists():
+        path = (self.output_dir or Path()).parent / notebook / "results.json"
+        if self.output_dir is None or not path.exists():
             return None
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name, own in self._identity().items():
@@ -79,39 +75,27 @@ def begin(
     gpu: str,
     model: str,
     scenario: str = "",
-    engine: str = "vllm",
     source: str = "emulator",
-    base_url: str = "",
     output_dir: str = "",
 ) -> Run:
     """Check the parameters, load the plot style, print the mode and the versions."""
+    import matplotlib.style
+
     if source not in SOURCES:
         raise unknown("source", source, SOURCES)
-    if source == "live" and not base_url:
-        raise UserError("source 'live' needs a base_url")
-    run = Run(
-        notebook=notebook,
-        gpu=catalog.gpu(gpu),
-        model=catalog.model(model),
-        scenario=scenario,
-        engine=engine,
-        source=source,
-        base_url=base_url,
-        output_dir=Path(output_dir) if output_dir else None,
-    )
-    _load_style()
+    folder = Path(output_dir) if output_dir else None
+    run = Run(notebook, catalog.gpu(gpu), catalog.model(model), scenario, source, folder)
+    matplotlib.style.use(Path(__file__).with_name("kit.mplstyle"))
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "matplotlib"))
-    place = base_url if source == "live" else f"source {source}"
-    _say(f"{run.model.key} on {run.gpu.key}, {engine}, {place}")
+    _say(f"{run.model.key} on {run.gpu.key}, source {source}")
     _say(f"kit {__version__}, Python {platform.python_version()}, {packages}")
     return run
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """The items, with a line on stdout at the start and at 25, 50, 75 and 100 %."""
-    total = len(items)
+    total, told = len(items), 0
     _say(f"{label}: 0 of {total}")
-    told = 0
     for done, item in enumerate(items, start=1):
         yield item
         if done * 4 // total > told:
@@ -129,21 +113,16 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None =
     -------  --------  ----------
     l4-24gb        12  modelled
     """
-    heads = dict(columns) if columns is not None else {key: key for key in rows[0]}
     for row in rows:
-        if "provenance" in row and row["provenance"] not in PROVENANCE:
+        if row.get("provenance", PROVENANCE[0]) not in PROVENANCE:
             raise unknown("provenance", row["provenance"], PROVENANCE)
-    numeric = {key for key in heads if all(_is_number(row.get(key)) for row in rows)}
-    cells = [[_cell(row.get(key)) for key in heads] for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads.values(), *cells, strict=True)]
-    sides: list[Callable[[str, int], str]] = [
-        str.rjust if key in numeric else str.ljust for key in heads
-    ]
-    lines = [list(heads.values()), ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(s(t, w) for s, t, w in zip(sides, line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    heads = columns or {key: key for key in rows[0]}
+    lines = [list(heads.values()), *([_cell(row.get(key)) for key in heads] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    sides = [">" if all(_is_number(row.get(key)) for row in rows) else "<" for key in heads]
+    forms = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+    return "\n".join("  ".join(forms).format(*line).rstrip() for line in lines)
 
 
 def check(answer: float | str | None, expected: float | str, *, tolerance: float = 0.02) -> str:
@@ -165,27 +144,16 @@ def _is_number(value: object) -> bool:
 
 
 def _cell(value: object) -> str:
-    if value is None:
-        return "unknown"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Integral):
-        return f"{int(value):,}"
-    if not isinstance(value, Real):
-        return str(value)
-    number = float(value)
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    if value is None or isinstance(value, bool):
+        return {None: "unknown", True: "yes", False: "no"}[value]
+    if isinstance(value, Integral) or not isinstance(value, Real):
+        return f"{int(value):,}" if isinstance(value, Integral) else str(value)
+    return f"{float(value):,.0f}" if abs(float(value)) >= 1000 else f"{float(value):.3g}"
 
 
 def _plain(value: Any) -> Any:
     """Numpy scalars and arrays as JSON."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _load_style() -> None:
-    import matplotlib.style
-
-    matplotlib.style.use(Path(__file__).with_name("kit.mplstyle"))
 
 
 def _say(line: str) -> None:

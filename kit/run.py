@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -34,14 +35,9 @@ def visible_gpu() -> str | None:
         return None
     try:
         pynvml.nvmlInit()
-        try:
-            if visible.isdigit():
-                handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-            else:
-                handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
-            return str(pynvml.nvmlDeviceGetName(handle))
-        finally:
-            pynvml.nvmlShutdown()
+        if visible.isdigit():
+            return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(int(visible))))
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByUUID(visible)))
     except pynvml.NVMLError:
         return None
 
@@ -102,23 +98,11 @@ def select(wanted: Sequence[str], folder: Path | None = None) -> list[Path]:
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
-    """Names and defaults of the cell tagged `parameters`; papermill must see the same names."""
+    """Names and defaults of the cell tagged `parameters`, as papermill reads and injects them."""
     import papermill
 
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        raise UserError(f"{notebook}: {len(tagged)} cells tagged parameters, must be 1")
-    defaults: dict[str, Any] = {}
-    for node in ast.parse("".join(tagged[0]["source"])).body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            raise UserError(f"{notebook}: a parameter is `name: type = literal`")
-        defaults[node.target.id] = ast.literal_eval(node.value) if node.value else None
-    seen = set(papermill.inspect_notebook(str(notebook)))
-    if seen != set(defaults):
-        lost = ", ".join(sorted(seen ^ set(defaults)))
-        raise UserError(f"{notebook}: papermill does not read the parameter {lost}")
-    return defaults
+    found = papermill.inspect_notebook(str(notebook))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
 
 
 def preset(gpu: str, folder: Path | None = None) -> dict[str, Any]:
@@ -166,29 +150,51 @@ def _typed(name: str, value: Any, default: Any) -> Any:
 
 
 def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one notebook into its folder and describe it; a failing one leaves what it got to."""
+    """Run one notebook into its folder; a failing one leaves there what it got to.
+
+    Returns notebook, title, status, duration_s, error, model, decision, parameters and paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.json"
+    if results.exists():  # kept, but not mistaken for this run's
+        results.replace(folder / "results.previous.json")
+    parameters = {**parameters, "output_dir": str(folder)}
+    begun = time.monotonic()
+    error = _papermill(notebook, folder / "notebook.ipynb", parameters)
+    written = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+    row = {
+        "notebook": notebook.stem,
+        "title": "".join(first).splitlines()[0].lstrip("# "),
+        "status": "failed" if error else "done",
+        "duration_s": round(time.monotonic() - begun, 1),
+        "error": error,
+        "model": written.get("model"),
+        "decision": written.get("decision", []),
+        "parameters": parameters,
+        "report": str(folder / "report.html"),
+        "results": str(results) if written else None,
+    }
+    report.write_page(folder, row)
+    return row
+
+
+def _papermill(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> str | None:
+    """Execute and store; the cell and the last line of the error that stopped it, None without."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "results.json").exists():  # kept, but not mistaken for this run's
-        (folder / "results.json").replace(folder / "results.previous.json")
+    config = Config(KernelManager={"transport_encryption": "auto"})
+    options = {"kernel_name": "python3", "progress_bar": False, "config": config}
     try:
-        papermill.execute_notebook(
-            notebook,
-            folder / "notebook.ipynb",
-            parameters={**parameters, "output_dir": str(folder)},
-            kernel_name="python3",
-            progress_bar=False,
-            config=Config(KernelManager={"transport_encryption": "auto"}),
-        )
-    except papermill.PapermillExecutionError:
-        pass  # the stored notebook tells it
+        papermill.execute_notebook(notebook, output, parameters, **options)
+    except papermill.PapermillExecutionError as failure:
+        last = (failure.evalue.strip().splitlines() or [""])[-1]
+        return f"cell In [{failure.exec_count}]: {failure.ename}: {last}"
     except (DeadKernelError, CellTimeoutError) as failure:
-        report.mark_stopped(folder, f"{type(failure).__name__}: {failure}")
-    report.write(folder)
-    return report.describe(folder)
+        return f"{type(failure).__name__}: {failure}"
+    return None
 
 
 def walkthrough(
@@ -205,9 +211,9 @@ def walkthrough(
         sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")
         sys.stderr.flush()
         rows.append(execute(path, root / path.stem, filled[path.stem]))
-        index = report.write_index(root)
+        index = report.write_index(root, rows[-1])
         row = rows[-1]
-        sys.stderr.write(f"{row['error'] or row['status']}, {row['duration_s'] or 0:.1f} s\n")
+        sys.stderr.write(f"{row['error'] or row['status']}, {row['duration_s']} s\n")
         if ": UserError: " in (row["error"] or ""):
             raise UserError(f"{path.stem}, {row['error'].replace('UserError: ', '')}")
     return rows, index

@@ -79,7 +79,15 @@ def test_one_parameters_cell_before_any_import(path):
 
 @each
 def test_papermill_reads_every_parameter(path):
-    assert run.parameters_of(path).keys() >= EVERYWHERE  # raises where papermill reads less
+    (cell,) = [cell for cell in code(path) if "parameters" in tags(cell)]
+    written = {
+        node.target.id: ast.literal_eval(node.value)
+        for node in ast.parse(source(cell)).body
+        if isinstance(node, ast.AnnAssign)
+    }
+    assert len(written) == len(source(cell).splitlines())
+    assert run.parameters_of(path) == written
+    assert written.keys() >= EVERYWHERE
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
@@ -136,6 +144,13 @@ def test_no_paths_tracebacks_widgets_or_odd_tags(path):
         kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
         assert not any("widget" in kind or "javascript" in kind for kind in kinds)
         assert all(output["output_type"] != "error" for output in cell["outputs"])
+
+
+@each
+def test_first_cell_is_the_title(path):
+    first = cells_of(path)[0]
+    assert first["cell_type"] == "markdown"
+    assert source(first).startswith("# " + path.stem[:2])
 
 
 @each

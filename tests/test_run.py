@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kit import cli, notebook, report, run
+from kit import cli, notebook, run
 from kit.errors import UserError
 
 PARAMETERS = """gpu: str = "h100-sxm-80gb"  # key
@@ -86,8 +86,8 @@ def test_a_value_of_another_type_is_refused(tmp_path, name, text):
 )
 def test_a_parameter_that_papermill_would_drop_is_refused(tmp_path, line):
     path = write_notebook(tmp_path, "01_lost", parameters=PARAMETERS + "\n" + line)
-    with pytest.raises(UserError, match="does not read the parameter extra"):
-        run.parameters_of(path)
+    with pytest.raises(UserError, match="unknown parameter 'extra'"):
+        run.fill([path], {}, {"extra": "7"})
 
 
 def test_an_unknown_name_in_a_parameter_file_is_refused(tmp_path):
@@ -276,8 +276,6 @@ def test_without_output_dir_nothing_is_written(tmp_path, monkeypatch, capsys):
 def test_begin_refuses_what_it_does_not_know():
     with pytest.raises(UserError, match="unknown source 'replay'"):
         notebook.begin("00_a", gpu="l4-24gb", model="llama-3.1-8b", source="replay")
-    with pytest.raises(UserError, match="needs a base_url"):
-        notebook.begin("00_a", gpu="l4-24gb", model="llama-3.1-8b", source="live")
 
 
 def test_progress_tells_the_quarters(capsys):
@@ -299,7 +297,3 @@ def test_tables_align_and_name_the_unknown():
     assert len({len(line) for line in lines}) == 1
     with pytest.raises(UserError, match="unknown provenance 'guessed'"):
         notebook.table([{"n": 1, "provenance": "guessed"}])
-
-
-def test_report_titles_fall_back_to_the_name():
-    assert report._title({"cells": []}, "05_x") == "05_x"

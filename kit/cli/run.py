@@ -10,12 +10,6 @@ import typer
 from kit.cli.options import Json
 from kit.errors import UserError
 
-RESERVED = {
-    "gpu": "--gpu",
-    "scenario": "--scenario",
-    "base_url": "--base-url",
-    "output_dir": "--out",
-}
 Gpu = Annotated[str | None, typer.Option("--gpu", help="default: this host's, else h100-sxm-80gb")]
 Scenario = Annotated[Path | None, typer.Option("--scenario", help="scenario YAML file")]
 BaseUrl = Annotated[str | None, typer.Option("--base-url", help="OpenAI-compatible server")]
@@ -58,7 +52,8 @@ def _settings(pairs: list[str]) -> dict[str, str]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--set {pair!r} is not name=value")
-        if option := RESERVED.get(name):
-            raise UserError(f"--set {name}: use {option}")
+        if name in ("gpu", "scenario", "base_url", "output_dir"):
+            option = name.replace("_", "-").replace("output-dir", "out")
+            raise UserError(f"--set {name}: use --{option}")
         asked[name] = text
     return asked

@@ -40,9 +40,7 @@ run = notebook.begin(
     gpu=gpu,
     model=model,
     scenario=scenario,
-    engine=engine,
     source=source,
-    base_url=base_url,
     output_dir=output_dir,
 )
 
