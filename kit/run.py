@@ -206,6 +206,10 @@ def walkthrough(
     """
     filled = fill(notebooks, given, asked)
     root = root.resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {root}: {error.strerror}") from None
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(notebooks, start=1):
         sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")

@@ -64,6 +64,12 @@ def test_locks_are_hashed_and_name_no_host(lock):
     assert not unhashed
 
 
+def test_locks_serve_windows_without_uvloop():
+    text = (ROOT / "requirements" / "notebooks.lock").read_text()
+    assert re.search(r"^uvloop==\S+ ; sys_platform != 'win32'", text, re.MULTILINE)
+    assert re.search(r"^pywinpty==\S+ ; .*os_name == 'nt'", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("lock", "extras"),
     [("notebooks.lock", ["notebooks", "build"]), ("dev.lock", ["notebooks", "build", "dev"])],

@@ -64,6 +64,14 @@ def test_bad_input_is_one_line_and_exit_2(arguments, told, monkeypatch, capsys, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_out_that_is_a_file_is_bad_input(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        kit("--out", str(tmp_path / "file"), monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "--out: cannot write" in capsys.readouterr().err
+
+
 def test_values_take_the_type_of_their_default(tmp_path):
     path = write_notebook(tmp_path, "01_types")
     asked = {"model": "8", "levels": "4", "share": "1", "fast": "false"}
