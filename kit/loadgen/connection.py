@@ -1,0 +1,247 @@
+"""Connections that stamp each read with the time at which the kernel received the bytes.
+
+On plain TCP under Linux the stamp is the kernel's own (SO_TIMESTAMPNS), so a client that reads late
+still tells the right time, and the difference to the read is this client's exact lag. With TLS, or
+where the kernel gives no stamp, the time of the read is used and that lag is unknown.
+"""
+
+import asyncio
+import contextlib
+import re
+import socket
+import ssl
+import struct
+from array import array
+from collections.abc import Callable
+from time import monotonic, time
+from typing import Any, Protocol
+
+from kit.loadgen.plan import Target
+from kit.loadgen.prompts import Conversation
+from kit.loadgen.stream import StreamParser
+
+SO_TIMESTAMPNS = 35  # Linux; the socket module has no name for it
+READ_BYTES = 1 << 15
+ANCILLARY_BYTES = socket.CMSG_SPACE(16)
+STAMP = struct.Struct("qq")
+# A chunked 200 without trailers ends like this after the last event; other answers are parsed
+# read by read to find their end.
+CHUNKED = re.compile(
+    rb"HTTP/1\.1 200 [^\r]*\r\n(?:(?!trailer:)[^\r\n]+\r\n)*?transfer-encoding: *chunked\r\n",
+    re.IGNORECASE,
+)
+LAST_CHUNK = b"0\r\n\r\n"
+STREAM_END = b"\n\r\n0\r\n\r\n"
+SHORT = len(STREAM_END)
+
+
+class Call:
+    """One request on the wire: its raw reads with arrival times, parsed when there is time."""
+
+    __slots__ = (
+        "arrivals", "asked", "connect_s", "conversation", "data", "due", "eager", "end", "parser",
+        "reads", "reason", "retried", "scheduled", "sent", "turn",
+    )  # fmt: skip
+
+    def __init__(self, conversation: Conversation, scheduled: float) -> None:
+        self.conversation, self.turn = conversation, conversation.turn
+        self.asked = conversation.session.turns[self.turn]
+        self.scheduled = self.due = scheduled  # due: later only where a concurrency cap held it
+        self.data: bytes | None = None
+        self.reason: str | None = None
+        self.connect_s: float | None = None
+        self.retried = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget an attempt that met a connection already closed by the server."""
+        self.reads: list[bytes] = []
+        self.arrivals = array("d")
+        self.parser = StreamParser(keep_text=not self.conversation.last)
+        self.eager = True
+        self.sent = self.end = float("nan")
+
+    def parse(self, limit: int | None = None) -> bool:
+        """Feed waiting reads to the parser; true when none is left."""
+        taken = len(self.reads) if limit is None else min(limit, len(self.reads))
+        for data, arrival in zip(self.reads[:taken], self.arrivals[:taken], strict=True):
+            self.parser.feed(data, arrival)
+        del self.reads[:taken], self.arrivals[:taken]
+        return not self.reads
+
+
+class Owner(Protocol):
+    """What a connection needs of the driver."""
+
+    wall_offset: float
+    read_lags: "array[float]"
+
+    def ended(self, connection: "Connection", call: Call, arrival: float) -> None: ...
+    def lost(self, connection: "Connection", call: Call | None) -> None: ...
+
+
+class Connection:
+    """One socket with at most one call on it."""
+
+    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+        self.owner, self.loop, self.sock = owner, loop, sock
+        self.call: Call | None = None
+        self.used = 0
+        self.open = True
+        self.connect_s = 0.0
+        self.transport: asyncio.Transport | None = None
+        self.recvmsg = sock.recvmsg
+        self._unsent = memoryview(b"")
+
+    def send(self, call: Call) -> None:
+        """Put the request on the wire; the send time is taken just before."""
+        assert call.data is not None
+        self.call, data = call, call.data
+        self.used += 1
+        call.sent = monotonic()
+        if self.transport is not None:
+            self.transport.write(data)
+            return
+        try:
+            written = self.sock.send(data)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self.loop.call_soon(self.lose)
+            return
+        if written < len(data):
+            self._unsent = memoryview(data)[written:]
+            self.loop.add_writer(self.sock, self._write_rest)
+
+    def _write_rest(self) -> None:
+        try:
+            self._unsent = self._unsent[self.sock.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent = self._unsent[:0]
+        if not self._unsent:
+            self.loop.remove_writer(self.sock)
+
+    def readable(self) -> None:
+        """Read once from a plain socket and stamp it."""
+        try:
+            data, ancillary, _, _ = self.recvmsg(READ_BYTES, ANCILLARY_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.lose()
+            return
+        now = monotonic()
+        if not ancillary:
+            self.received(data, now)
+            return
+        seconds, nanoseconds = STAMP.unpack(ancillary[0][2])
+        arrival = min(now, seconds + nanoseconds * 1e-9 - self.owner.wall_offset)
+        self.owner.read_lags.append(now - arrival)
+        self.received(data, arrival)
+
+    def received(self, data: bytes, arrival: float) -> None:
+        """Keep the bytes; look no further than needed to notice the end of the answer."""
+        call = self.call
+        if call is None or not data:
+            self.lose()
+            return
+        call.reads.append(data)
+        call.arrivals.append(arrival)
+        if call.eager or data.endswith(LAST_CHUNK) or len(data) < SHORT:
+            self._look_for_end(call, data, arrival)
+
+    def _look_for_end(self, call: Call, data: bytes, arrival: float) -> None:
+        if call.eager and CHUNKED.match(data):
+            call.eager = False
+        if not call.eager:
+            tail = data if len(data) >= SHORT else b"".join(call.reads[-SHORT:])
+            if tail.endswith(STREAM_END):
+                self._end(call, arrival)
+            elif data.endswith(LAST_CHUNK) and len(data) >= SHORT:
+                call.eager = True
+        if call.eager:
+            call.parse()
+            if call.parser.complete:
+                self._end(call, arrival)
+            elif call.parser.reason == "garbage":
+                self.lose()
+
+    def _end(self, call: Call, arrival: float) -> None:
+        self.call = None
+        self.owner.ended(self, call, arrival)
+
+    def lose(self) -> None:
+        """The connection is gone, or not fit for another request."""
+        if self.open:
+            self.close()
+            call, self.call = self.call, None
+            self.owner.lost(self, call)
+
+    def close(self) -> None:
+        """Close the socket without telling the owner."""
+        self.open = False
+        if self.transport is not None:
+            self.transport.abort()
+            return
+        self.loop.remove_reader(self.sock)
+        self.loop.remove_writer(self.sock)
+        self.sock.close()
+
+
+class _TlsBytes(asyncio.Protocol):
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def data_received(self, data: bytes) -> None:
+        self.connection.received(data, monotonic())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.connection.lose()
+
+
+class Connector:
+    """Opens connections to one target, its name resolved and its TLS context made once."""
+
+    def __init__(self, target: Target, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+        self.owner, self.loop = owner, loop
+        self.host, port = target.address
+        found = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)[0]
+        self.family, self.address = found[0], found[4]
+        self.tls = ssl.create_default_context() if target.tls else None
+
+    async def open(self) -> Connection:
+        """A connection ready to send; its `connect_s` covers TCP and TLS. Raises OSError."""
+        started = monotonic()
+        sock = socket.socket(self.family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self.loop.sock_connect(sock, self.address)
+            connection = Connection(self.owner, self.loop, sock)
+            if self.tls is not None:
+                await self._wrap(connection, self.tls)
+            else:
+                with contextlib.suppress(OSError):  # not Linux: no kernel stamps
+                    sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+                self.loop.add_reader(sock, connection.readable)
+        except BaseException:
+            sock.close()
+            raise
+        connection.connect_s = monotonic() - started
+        return connection
+
+    async def _wrap(self, connection: Connection, context: ssl.SSLContext) -> None:
+        factory: Callable[[], Any] = lambda: _TlsBytes(connection)  # noqa: E731
+        transport, _ = await self.loop.create_connection(
+            factory, sock=connection.sock, ssl=context, server_hostname=self.host
+        )
+        connection.transport = transport
+
+
+def wall_offset() -> float:
+    """Seconds from the monotonic to the wall clock, in which the kernel stamps."""
+    before = monotonic()
+    wall = time()
+    return wall - (before + monotonic()) / 2

@@ -1,0 +1,254 @@
+"""The schedule of one worker: absolute due times, turns, connections, time-outs, own lag."""
+
+import asyncio
+import errno
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Coroutine, Iterable, Iterator
+from dataclasses import replace
+from itertools import count
+from time import monotonic
+
+from kit.loadgen.connection import Call, Connection, Connector, wall_offset
+from kit.loadgen.plan import SPARE_CONNECTIONS, Level, Target
+from kit.loadgen.prompts import Conversation, PromptModel, request_bytes
+from kit.loadgen.recorder import Recorder
+from kit.workload import Session
+
+SENDS_PER_ROUND = 16  # then the loop reads what has arrived: sends never starve reads
+PROBE_PERIOD_S = 0.01
+PREBUILT_BYTES = 256 << 20  # requests made before the clock starts; later ones as they fall due
+CONNECTS_AT_ONCE = 256  # well under the usual listen backlog
+
+
+class Driver:
+    """Sends every request of a level at its time and hands each finished one to the recorder."""
+
+    def __init__(
+        self,
+        target: Target,
+        level: Level,
+        prompts: PromptModel,
+        recorder: Recorder,
+        api_key: str | None,
+    ) -> None:
+        self.target, self.level, self.prompts = target, level, prompts
+        self.recorder, self.api_key = recorder, api_key
+        self.loop = asyncio.get_running_loop()
+        self.connector = Connector(target, self, self.loop)
+        self.wall_offset = wall_offset()
+        self.read_lags, self.loop_lags = array("d"), array("d")
+        self.idle: deque[Connection] = deque()
+        self.in_flight: dict[Call, Connection | None] = {}
+        self.waiting: deque[Call] = deque()
+        self.due: list[tuple[float, int, Call]] = []
+        self.ticket = count()
+        self.sent = self.unsent_turns = self.opening = self.open_sessions = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.timer: asyncio.TimerHandle | None = None
+        self.stop_at = float("inf")
+        self.over = asyncio.Event()
+        self.sessions = self._sessions()
+        first = level.sessions if level.slots is None else self._take(level.slots)
+        self.first = [Call(Conversation(session, prompts), session.arrival_s) for session in first]
+
+    def _sessions(self) -> Iterator[Session]:
+        """The sessions of a closed loop; a repeated list goes on under new keys."""
+        if self.level.slots is None:
+            return
+        for lap in count():
+            for session in self.level.sessions:
+                yield replace(session, key=session.key + lap * 10_000_000, arrival_s=0.0)
+            if not self.level.repeat:
+                return
+
+    def _take(self, n: int) -> Iterable[Session]:
+        return (session for _, session in zip(range(n), self.sessions, strict=False))
+
+    async def prepare(self) -> None:
+        """Make the requests and open the connections."""
+        size = 0
+        for call in self.first:
+            if size < PREBUILT_BYTES:
+                size += self._build(call)
+        if not self.target.cold_connects:
+            gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
+            await asyncio.gather(*(self._spare(gate) for _ in range(self.level.streams())))
+
+    def _build(self, call: Call) -> int:
+        call.conversation.ask()
+        messages = call.conversation.messages
+        call.data = request_bytes(self.target, messages, call.asked.output_len, self.api_key)
+        return len(call.data)
+
+    async def _spare(self, gate: asyncio.Semaphore) -> None:
+        async with gate:
+            try:
+                self.idle.append(await self.connector.open())
+            except OSError:
+                return  # the request that lacks it opens its own, and tells why it cannot
+
+    def start(self, t0: float) -> None:
+        """Begin the schedule at monotonic time t0."""
+        if self.level.duration_s is not None and self.level.slots is not None:
+            self.stop_at = t0 + self.level.duration_s
+        for call in self.first:
+            self.open_sessions += 1
+            self._at(call, t0 + call.scheduled)
+        self.loop.call_later(PROBE_PERIOD_S, self._probe, monotonic() + PROBE_PERIOD_S)
+
+    def _at(self, call: Call, when: float) -> None:
+        call.scheduled = call.due = when
+        heapq.heappush(self.due, (when, next(self.ticket), call))
+        if self.due[0][2] is call:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """Wake at the next due time; loop timers may fire a millisecond early, so pump looks."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = self.loop.call_later(max(0.0, self.due[0][0] - monotonic()), self._pump)
+
+    def _pump(self) -> None:
+        """Send what is due, a few requests per round, then sleep until the next."""
+        self.timer = None
+        for _ in range(SENDS_PER_ROUND):
+            if not self.due or self.due[0][0] > monotonic():
+                break
+            self._launch(heapq.heappop(self.due)[2])
+        if self.due and self.timer is None:
+            self._sleep()
+
+    def _launch(self, call: Call) -> None:
+        cap = self.level.max_concurrency
+        if cap is not None and len(self.in_flight) >= cap:
+            self.waiting.append(call)
+            return
+        if call.data is None:
+            self._build(call)
+        if self.idle and not self.target.cold_connects:
+            self._send(self.idle.popleft(), call)
+            if self.level.kind == "request_rate" and len(self.idle) < SPARE_CONNECTIONS:
+                self._open_spare()
+        else:
+            self._send_on_new(call)
+
+    def _send(self, connection: Connection, call: Call) -> None:
+        self.in_flight[call] = connection
+        self.sent += not call.retried
+        connection.send(call)
+
+    def _open_spare(self) -> None:
+        if self.opening < SPARE_CONNECTIONS:
+            self.opening += 1
+            self._background(self._spare_and_count())
+
+    async def _spare_and_count(self) -> None:
+        await self._spare(asyncio.Semaphore(1))
+        self.opening -= 1
+
+    def _send_on_new(self, call: Call) -> None:
+        self.in_flight[call] = None
+        self._background(self._connect_and_send(call))
+
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _connect_and_send(self, call: Call) -> None:
+        try:
+            connection = await asyncio.wait_for(self.connector.open(), self.target.timeout_s)
+        except (OSError, TimeoutError) as error:
+            out_of_files = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+            self._finish(call, "client_descriptors" if out_of_files else "connect", monotonic())
+            return
+        call.connect_s = connection.connect_s
+        self._send(connection, call)
+
+    def ended(self, connection: Connection, call: Call, arrival: float) -> None:
+        """The answer is complete: the connection is free, the session may go on."""
+        if self.target.cold_connects:
+            connection.close()
+        else:
+            self.idle.append(connection)
+        self._finish(call, None, arrival)
+
+    def lost(self, connection: Connection, call: Call | None) -> None:
+        """The connection closed: idle, before an answer (retried once if reused), or within one."""
+        if call is None:
+            if connection in self.idle:
+                self.idle.remove(connection)
+            return
+        if connection.used > 1 and not call.arrivals and not call.retried:
+            call.reset()
+            call.retried = True
+            self._send_on_new(call)
+            return
+        call.parse()
+        call.parser.close()
+        self._finish(call, call.parser.outcome(), monotonic())
+
+    def _finish(self, call: Call, reason: str | None, end: float) -> None:
+        del self.in_flight[call]
+        call.end, call.reason = end, reason
+        if self.waiting:
+            held = self.waiting.popleft()
+            held.due = end
+            self._launch(held)
+        conversation, turn = call.conversation, call.asked
+        if not conversation.last or turn.children:
+            call.parse()
+            reason = reason or call.parser.outcome()
+        self.recorder.add(call)
+        conversation.over = conversation.last or reason is not None
+        if reason is None and not conversation.last:
+            conversation.answered("".join(call.parser.text or []))
+        elif not conversation.last:
+            self.unsent_turns += len(conversation.session.turns) - call.turn - 1
+        children = turn.children if reason is None else ()
+        conversation.children_left = len(children)
+        for child in children:
+            spawned = Conversation(child, self.prompts, conversation)
+            self._at(Call(spawned, 0.0), end + child.arrival_s)
+        if not children:
+            self._go_on(conversation, end)
+        self._check_over()
+
+    def _go_on(self, conversation: Conversation, end: float) -> None:
+        """A turn and all its children are over: the next turn, or the end of the session."""
+        parent = conversation.parent
+        if not conversation.over:
+            pause = conversation.session.turns[conversation.turn - 1].pause_after_s
+            self._at(Call(conversation, 0.0), end + pause)
+        elif parent is not None:
+            parent.children_left -= 1
+            if not parent.children_left:
+                self._go_on(parent, end)
+        else:
+            self.open_sessions -= 1
+            if self.level.slots is not None and end < self.stop_at:
+                for session in self._take(1):
+                    self.open_sessions += 1
+                    self._at(Call(Conversation(session, self.prompts), 0.0), end)
+
+    def _check_over(self) -> None:
+        if not (self.open_sessions or self.in_flight or self.due or self.waiting):
+            self.over.set()
+
+    def _probe(self, expected: float) -> None:
+        """Measure how late the loop runs a timer; time out old requests; follow the wall clock."""
+        now = monotonic()
+        self.loop_lags.append(max(0.0, now - expected))
+        self.wall_offset = wall_offset()
+        while self.in_flight:
+            call, connection = next(iter(self.in_flight.items()))
+            if connection is None or now - call.sent < self.target.timeout_s:
+                break
+            connection.call = None
+            connection.lose()
+            call.parse()
+            self._finish(call, "timeout", now)
+        if not self.over.is_set():
+            self.loop.call_later(PROBE_PERIOD_S, self._probe, now + PROBE_PERIOD_S)

@@ -1,0 +1,151 @@
+"""What is sent when: target, arrival process, sessions, and how they are dealt to workers."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from kit.errors import UserError
+from kit.workload import Session, Turn
+
+# Past this a single event loop (about 6 us per read) has no room left for 50 ms tokens.
+STREAMS_PER_WORKER = 10_000
+PREOPENED_FOR_RATE_S = 2.0  # a rate starts with connections for this many seconds of arrivals
+DEFAULT_RATE_DURATION_S = 60.0
+SPARE_CONNECTIONS = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server and how each request is put to it; the key itself stays in the environment."""
+
+    base_url: str
+    model: str
+    endpoint: str = "chat"
+    api_key_env: str | None = None
+    timeout_s: float = 600.0
+    cold_connects: bool = False
+    engine_fields: bool = True  # ignore_eos and min_tokens, which only inference engines know
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        try:
+            named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            named = False
+        if not named:
+            raise UserError(f"--base-url {self.base_url!r}: want http://HOST:PORT or https://HOST")
+
+    @property
+    def tls(self) -> bool:
+        return urlsplit(self.base_url).scheme == "https"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.base_url)
+        return parts.hostname or "", parts.port or (443 if self.tls else 80)
+
+    @property
+    def path(self) -> str:
+        root = urlsplit(self.base_url).path.rstrip("/")
+        root = root if root.endswith("/v1") else root + "/v1"
+        return root + ("/chat/completions" if self.endpoint == "chat" else "/completions")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One measured level: sessions with arrival times, or `slots` that take the next when free."""
+
+    name: str
+    sessions: list[Session] = field(repr=False)
+    kind: str  # burst, concurrency, request_rate or sessions (their own arrival times)
+    value: float | None = None
+    slots: int | None = None
+    max_concurrency: int | None = None  # open loop: wait in the client beyond this many
+    duration_s: float | None = None  # closed loop: start no session after this
+    repeat: bool = False  # closed loop by duration: begin the list again when it is used up
+
+    def streams(self) -> int:
+        """Connections to open before the clock starts."""
+        if self.slots or self.max_concurrency:
+            return min(self.slots or self.max_concurrency or 0, len(self.sessions))
+        if self.kind == "burst":
+            return len(self.sessions)
+        span = max(session.arrival_s for session in self.sessions)
+        rate = len(self.sessions) / max(span, 1.0)
+        return min(len(self.sessions), math.ceil(rate * PREOPENED_FOR_RATE_S) + SPARE_CONNECTIONS)
+
+    def deal(self, workers: int) -> list["Level"]:
+        """Equal shares of sessions, slots and cap, pinned to workers before the run."""
+        return [
+            replace(
+                self,
+                sessions=self.sessions[index::workers],
+                slots=_share(self.slots, index, workers),
+                max_concurrency=_share(self.max_concurrency, index, workers),
+            )
+            for index in range(workers)
+        ]
+
+
+def _share(total: int | None, index: int, parts: int) -> int | None:
+    return None if total is None else total // parts + (index < total % parts)
+
+
+def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
+    """Absolute arrival times in s: gamma gaps of mean 1/rate and coefficient of variation given.
+
+    >>> times = list(islice(arrivals(10.0, 1.0, 0), 10_000))
+    >>> round(times[-1] / 1000, 1)
+    1.0
+    """
+    shape = 1 / burstiness**2
+    draw = np.random.default_rng(seed)
+    now = 0.0
+    while True:
+        for gap in draw.gamma(shape, 1 / (rate * shape), 1024):
+            now += float(gap)
+            yield now
+
+
+def fixed_sessions(input_len: int, output_len: int) -> Callable[[int], list[Session]]:
+    """A source of n one-turn sessions of these lengths."""
+    return lambda n: [Session(key, 0.0, [Turn(input_len, output_len)]) for key in range(n)]
+
+
+def level(
+    kind: str,
+    value: float,
+    source: Callable[[int], list[Session]],
+    *,
+    requests: int | None = None,
+    duration_s: float | None = None,
+    burstiness: float = 1.0,
+    max_concurrency: int | None = None,
+    seed: int = 0,
+) -> Level:
+    """A burst of `value`, a closed loop of `value` slots, or `value` arrivals per second."""
+    name = f"{kind}-{value:g}"
+    if kind == "burst":
+        return Level(name, source(int(value)), kind, value)
+    if kind == "concurrency":
+        slots = int(value)
+        repeat = requests is None and duration_s is not None
+        count = requests or (slots if repeat else 10 * slots)
+        sessions = source(count)
+        return Level(name, sessions, kind, value, slots, None, duration_s, repeat)
+    if requests is None and duration_s is None:
+        duration_s = DEFAULT_RATE_DURATION_S
+    times = []
+    for at in islice(arrivals(value, burstiness, seed), requests):
+        if duration_s is not None and at > duration_s:
+            break
+        times.append(at)
+    if not times:
+        raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
+    pairs = zip(source(len(times)), times, strict=True)
+    sessions = [replace(session, arrival_s=at) for session, at in pairs]
+    return Level(name, sessions, kind, value, max_concurrency=max_concurrency)

@@ -1,0 +1,205 @@
+"""From the workers' columns to the summary that `kit load` prints."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kit.loadgen.plan import Level
+from kit.loadgen.recorder import FLOATS
+from kit.loadgen.selfcheck import OwnLag, p99, verdict
+from kit.loadgen.watch import ServerWatch
+from kit.metrics import (
+    PASSING_ATTAINMENT,
+    Floats,
+    Requests,
+    burst_absorption,
+    meets_slo,
+    peak_in_flight,
+    summarize,
+    wilson_interval,
+)
+
+REFUSALS = ("http_429", "http_503", "http_529")
+CLIENT_FAILURES = ("client_descriptors", "worker_died")
+LENGTH_TOLERANCE = 0.05  # mean prompt length against the asked one
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Limits that a request must meet, in s; None where not limited."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def given(self) -> bool:
+        return self.ttft_s is not None or self.tpot_s is not None
+
+
+def summarize_level(
+    level: Level,
+    results: list[dict[str, Any] | None],
+    connects: list[list[float]],
+    lost: int,
+    watch: ServerWatch,
+    slo: Slo,
+) -> dict[str, Any]:
+    """All keys of `kit load --json` for one level, from what the workers gave back."""
+    given = [result for result in results if result is not None]
+    columns, reasons = _columns(given, lost)
+    requests = _requests(columns, reasons)
+    server = watch.result()
+    gaps = _joined(given, "gaps")
+    itl = summarize(gaps)
+    failures = Counter(reason for reason in reasons if reason is not None)
+    own = OwnLag(
+        _joined(given, "loop_lags"),
+        _joined(given, "read_lags"),
+        _known(columns["sent_s"] - columns["due_s"]),
+        [result["cpu_s"] / max(result["wall_s"], 1e-9) for result in given],
+        sum(failures[name] for name in CLIENT_FAILURES),
+    )
+    called, against = verdict(level, requests, itl["p50"], own, slo.ttft_s, server)
+    summary = {"verdict": called, "verdict_reasons": against, "level": level.name}
+    summary |= _counts(requests, failures, level)
+    summary |= _lags(own) | _latencies(requests, columns, itl, connects)
+    summary |= _throughput(requests, level) | _attainment(requests, slo, called)
+    refused = np.array([reason in REFUSALS for reason in reasons], dtype=bool)
+    summary["burst"] = burst_absorption(requests, slo.ttft_s, refused)
+    if called != "VALID":
+        summary["burst"]["largest_passing_burst"] = None
+    gpu = watch.gpus.result() if watch.gpus else None
+    summary |= {"server": server, "gpu": gpu}
+    details: dict[str, str] = {}
+    for result in given:
+        details |= result["details"]
+    peaks = [result["peak_rss_bytes"] for result in given]
+    unsent = sum(result["unsent_turns"] for result in given)
+    summary |= {"failure_details": details, "client_peak_rss_bytes": sum(peaks)}
+    return summary | {"unsent_turns": unsent, "warnings": _warnings(columns, requests, unsent)}
+
+
+def _columns(
+    results: list[dict[str, Any]], lost: int
+) -> tuple[dict[str, Floats], list[str | None]]:
+    """Columns of all workers together, with a row of NaN for each request of a dead worker."""
+    parts = [result["columns"] for result in results]
+    gone = np.full(lost, np.nan)
+    columns = {name: np.concatenate([*(part[name] for part in parts), gone]) for name in FLOATS}
+    columns["scheduled_s"] = np.nan_to_num(columns["scheduled_s"], nan=0.0)
+    reasons = [reason for result in results for reason in result["reasons"]]
+    return columns, reasons + ["worker_died"] * lost
+
+
+def _requests(columns: dict[str, Floats], reasons: list[str | None]) -> Requests:
+    names = ("scheduled_s", "sent_s", "first_token_s", "last_token_s", "end_s", "output_tokens")
+    ok = np.array([reason is None for reason in reasons], dtype=bool)
+    first_chunk = columns["first_chunk_tokens"]
+    return Requests(*(columns[name] for name in names), ok, first_chunk)
+
+
+def _joined(results: list[dict[str, Any]], name: str) -> Floats:
+    return np.concatenate([np.asarray(result[name], float) for result in results] or [np.empty(0)])
+
+
+def _known(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
+
+
+def _counts(requests: Requests, failures: Counter[str], level: Level) -> dict[str, Any]:
+    return {
+        "sent": int(np.isfinite(requests.sent_s).sum()),
+        "completed": int(requests.ok.sum()),
+        "failed": failures.total(),
+        "failures": dict(failures),
+        "peak_in_flight": peak_in_flight(requests.sent_s, requests.end_s),
+        "duration_s": _duration(requests),
+    }
+
+
+def _duration(requests: Requests) -> float | None:
+    ends = _known(requests.end_s)
+    return float(ends.max() - requests.scheduled_s.min()) if len(ends) else None
+
+
+def _lags(own: OwnLag) -> dict[str, Any]:
+    def spread(values: Floats) -> dict[str, float | None]:
+        if not len(values):
+            return {"p50": None, "p99": None, "max": None}
+        return {"p50": float(np.median(values)), "p99": p99(values), "max": float(values.max())}
+
+    lags = {"send_lag_s": own.send_lags, "loop_lag_s": own.loop_lags, "read_lag_s": own.read_lags}
+    return {name: spread(values) for name, values in lags.items()} | {
+        "client_cpu_fraction": own.cpu_fractions
+    }
+
+
+def _latencies(
+    requests: Requests, columns: dict[str, Floats], itl: dict[str, Any], connects: list[list[float]]
+) -> dict[str, Any]:
+    ok = requests.ok
+    misses = int((~ok).sum())
+    answer = columns["first_answer_s"] - columns["sent_s"]
+    cold = _known(columns["connect_s"])
+    warm = [seconds for worker in connects for seconds in worker]
+    return {
+        "ttft_s": summarize(requests.ttft_s()[ok], misses),
+        "ttft_scheduled_s": summarize(requests.ttft_scheduled_s()[ok], misses),
+        "ttft_answer_s": summarize(answer[ok], misses),
+        "tpot_s": summarize(requests.tpot_s()[ok], misses),
+        "itl_s": itl,
+        "e2el_s": summarize(requests.e2el_s()[ok], misses),
+        "connect_s": {"before_the_run": summarize(warm), "within_requests": summarize(cold)},
+    }
+
+
+def _throughput(requests: Requests, level: Level) -> dict[str, Any]:
+    duration = _duration(requests)
+    tokens = float(np.nansum(requests.output_tokens[requests.ok]))
+    offered = None
+    if level.kind in ("request_rate", "sessions") and len(requests.scheduled_s) > 1:
+        span = np.ptp(requests.scheduled_s)
+        offered = float((len(requests.scheduled_s) - 1) / span) if span > 0 else None
+    return {
+        "output_tokens": int(tokens),
+        "output_tokens_per_s": tokens / duration if duration else None,
+        "requests_per_s": float(requests.ok.sum() / duration) if duration else None,
+        "offered_requests_per_s": offered,
+    }
+
+
+def _attainment(requests: Requests, slo: Slo, called: str) -> dict[str, Any]:
+    """Goodput and attainment; a run that the client bound shows neither as passed."""
+    names = ("goodput_requests_per_s", "slo_attainment_fraction", "slo_attainment_interval")
+    if not slo.given() or not len(requests.ok):
+        return dict.fromkeys((*names, "slo_met"))
+    good = int(meets_slo(requests, slo.ttft_s, slo.tpot_s).sum())
+    duration = _duration(requests)
+    interval = wilson_interval(good, len(requests.ok))
+    share = good / len(requests.ok)
+    values = (good / duration if duration else None, share, list(interval or ()))
+    met = called == "VALID" and share >= PASSING_ATTAINMENT
+    return dict(zip(names, values, strict=True)) | {"slo_met": met}
+
+
+def _warnings(columns: dict[str, Floats], requests: Requests, unsent_turns: int) -> list[str]:
+    warnings = []
+    ok = requests.ok
+    if not ok.any():
+        return ["no request completed"]
+    other = int((columns["output_tokens"][ok] != columns["asked_tokens"][ok]).sum())
+    if other:
+        mean = columns["output_tokens"][ok].mean()
+        warnings.append(
+            f"{other} of {ok.sum()} answers have another length than asked: mean {mean:.1f}"
+        )
+    prompts, asked = columns["prompt_tokens"][ok], columns["input_len"][ok]
+    if math.isnan(prompts[0]):
+        warnings.append("no usage from the server: tokens counted as chunks, prompt length unknown")
+    elif abs(np.nanmean(prompts) / asked.mean() - 1) > LENGTH_TOLERANCE:
+        warnings.append(f"prompts have {np.nanmean(prompts):.0f} tokens, asked {asked.mean():.0f}")
+    if unsent_turns:
+        warnings.append(f"{unsent_turns} turns were never sent: an earlier turn of theirs failed")
+    return warnings
