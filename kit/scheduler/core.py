@@ -37,6 +37,7 @@ class Scheduler:
         self.decodes = 0
         self.context = 0  # KV tokens of the decode rows
         self.clock = 0  # decode steps so far
+        self.peak_used = 0  # most blocks ever held by running requests
         self.preemptions = self.query_tokens = self.hit_tokens = 0
         self.waiting_tokens = 0
         self._grown = 0  # decode step up to which blocks are taken
@@ -99,6 +100,8 @@ class Scheduler:
         finished: list[Request] = []
         if batch.decodes:
             self.grow(steps)
+        self.peak_used = max(self.peak_used, self.pool.used)
+        if batch.decodes:
             self.clock += steps
             self.context += steps * self.decodes
             self._output_left -= steps * self.decodes

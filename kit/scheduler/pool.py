@@ -7,6 +7,7 @@ turn costs one look-up per extent, not one per block, with the result of per-blo
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 Path = tuple[tuple[int, int], ...]
 OPEN_END = 1 << 60  # the end of an extent that grows with its session
@@ -109,6 +110,16 @@ class BlockPool:
         """Return private blocks."""
         self.free += blocks
 
+    def store(self, path: Path) -> int:
+        """Cache the whole path as if it had been computed; returns the blocks already there."""
+        found = self.match(path)
+        self.pin(path)
+        more = min(path[-1][1] - found, self.available)
+        self.take(more)
+        self.share(path, found + more)
+        self.unpin(path)
+        return found
+
     def drop(self, path: Path) -> None:
         """Forget the unpinned extents of a path: its KV is lost."""
         for key, _ in path:
@@ -130,3 +141,18 @@ class BlockPool:
         if extent[0] == 0:
             del self._lru[key], self._extents[key]
         return removed
+
+
+def lru_hit_fraction(paths: Iterable[Path], capacity_blocks: int) -> float:
+    """Blocks found by prompts one after another in an LRU prefix cache, as a fraction of all.
+
+    >>> a, b = ((1, 2),), ((2, 2),)
+    >>> lru_hit_fraction([a, b, a], 4), lru_hit_fraction([a, b, a], 3)
+    (0.3333333333333333, 0.16666666666666666)
+    """
+    pool = BlockPool(capacity_blocks)
+    hits = asked = 0
+    for path in paths:
+        asked += path[-1][1]
+        hits += pool.store(path)
+    return hits / asked

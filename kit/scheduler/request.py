@@ -1,6 +1,7 @@
 """What a scheduler is told and what it plans: limits, calls, steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kit.scheduler.pool import Path
 
@@ -32,7 +33,7 @@ class Request:
     )  # fmt: skip
 
     def __init__(
-        self, key: int, input_len: int, output_len: int, path: Path = (), owner: object = None
+        self, key: int, input_len: int, output_len: int, path: Path = (), owner: Any = None
     ) -> None:
         self.key, self.input_len, self.output_len = key, input_len, output_len
         self.path, self.owner = path, owner
