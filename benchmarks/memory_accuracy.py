@@ -123,7 +123,11 @@ def card(row: dict[str, str]) -> GpuSpec | None:
 def predicted_rows(path: Path) -> Iterator[Row]:
     """Every usable row with its prediction; V0 engines, unknown models and cards are left out."""
     for row in csv.DictReader(path.open(encoding="utf-8")):
-        version = version_of(row) if row["engine"] == "vllm" else re.sub(r"[^\d.].*", "", row["engine_version"])
+        version = (
+            version_of(row)
+            if row["engine"] == "vllm"
+            else re.sub(r"[^\d.].*", "", row["engine_version"])
+        )
         spec_gpu = card(row)
         if not version or spec_gpu is None or row["engine"] not in ("vllm", "sglang"):
             continue
@@ -170,7 +174,9 @@ def one_row(row: dict[str, str], spec: ModelSpec, card_: GpuSpec, version: str) 
         low, high = (float(result.kv_cache_tokens(x)) for x in result.kv_cache_bytes_interval)
     else:
         return
-    kinds = "+".join(sorted({g.kind for g in spec.attention} | ({"state"} if spec.state else set())))
+    kinds = "+".join(
+        sorted({g.kind for g in spec.attention} | ({"state"} if spec.state else set()))
+    )
     yield Row(
         row["id"], row["source_cluster"], row["engine"], version, card_.key, kinds, row["model"],
         measured, predicted, low, high, row["notes"], result,
@@ -185,11 +191,25 @@ def main() -> None:
     rows = list(predicted_rows(options.csv))
     for r in sorted(rows, key=lambda r: -abs(r.error)):
         inside = "in " if r.low <= r.measured <= r.high else "OUT"
-        print(f"{r.key} {100 * r.error:+7.2f}% {inside} ±{100*(r.high-r.low)/2/r.predicted if r.predicted else 0:5.2f}% {r.engine} {r.era} {r.gpu} {r.model[:40]} {r.attention} meas {r.measured/GIB:.2f} pred {r.predicted/GIB:.2f} {r.cluster[:14]}")
+        print(
+            f"{r.key} {100 * r.error:+7.2f}% {inside} ±{100 * (r.high - r.low) / 2 / r.predicted if r.predicted else 0:5.2f}% {r.engine} {r.era} {r.gpu} {r.model[:40]} {r.attention} meas {r.measured / GIB:.2f} pred {r.predicted / GIB:.2f} {r.cluster[:14]}"
+        )
     v = [r for r in rows if r.engine == "vllm"]
-    for name, sel in (("vllm", v), ("vllm not campaign", [r for r in v if not r.cluster.startswith(CAMPAIGN)]),("campaign", [r for r in v if r.cluster.startswith(CAMPAIGN)]), ("sglang", [r for r in rows if r.engine!='vllm'])):
+    for name, sel in (
+        ("vllm", v),
+        ("vllm not campaign", [r for r in v if not r.cluster.startswith(CAMPAIGN)]),
+        ("campaign", [r for r in v if r.cluster.startswith(CAMPAIGN)]),
+        ("sglang", [r for r in rows if r.engine != "vllm"]),
+    ):
         e = np.abs([r.error for r in sel])
-        print(name, len(e), "median %.3f%%" % (100*np.median(e)), "<3%%: %.0f%%" % (100*np.mean(e<.03)), "<5%%: %.0f%%" % (100*np.mean(e<.05)), "cover %.0f%%" % (100*np.mean([r.low<=r.measured<=r.high for r in sel])))
+        print(
+            name,
+            len(e),
+            "median %.3f%%" % (100 * np.median(e)),
+            "<3%%: %.0f%%" % (100 * np.mean(e < 0.03)),
+            "<5%%: %.0f%%" % (100 * np.mean(e < 0.05)),
+            "cover %.0f%%" % (100 * np.mean([r.low <= r.measured <= r.high for r in sel])),
+        )
 
 
 if __name__ == "__main__":

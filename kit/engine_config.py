@@ -1,4 +1,4 @@
-"""Engine options as the user gives them, and with every default of that engine version filled in."""
+"""Engine options as given, and with every default of that engine version filled in."""
 
 import re
 from dataclasses import dataclass, replace
@@ -75,7 +75,7 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def by_version(eras: Any, version: str) -> Any:
-    """The value of the last era that began at or before the version; a plain value stands for all."""
+    """The value of the last era that began by that version; a plain value stands for all."""
     if not isinstance(eras, list):
         return eras
     now = version_tuple(version)
@@ -131,7 +131,8 @@ def _parallel(config: EngineConfig) -> tuple[int, int, int]:
             return 1, pipeline, pipeline
         if config.gpu_count % pipeline:
             raise UserError(
-                f"--gpu-count {config.gpu_count} is no multiple of --pipeline-parallel-size {pipeline}"
+                f"--gpu-count {config.gpu_count} is no multiple of "
+                f"--pipeline-parallel-size {pipeline}"
             )
         return config.gpu_count // pipeline, pipeline, config.gpu_count
     if tensor < 1:
@@ -145,7 +146,7 @@ def _parallel(config: EngineConfig) -> tuple[int, int, int]:
 
 
 def tensor_parallel_sizes(model: ModelSpec, limit: int = 64) -> list[int]:
-    """TP sizes that can run: they divide the attention heads, and KV heads divide or are duplicated."""
+    """TP sizes that can run: they divide the heads, and KV heads divide or are duplicated."""
     kv_heads = model.num_key_value_heads or 1
     heads = model.num_attention_heads or 1
 
@@ -157,17 +158,18 @@ def tensor_parallel_sizes(model: ModelSpec, limit: int = 64) -> list[int]:
 
 
 def check_parallel(model: ModelSpec, tensor: int, pipeline: int) -> None:
-    """Refuses TP that does not divide the heads, naming the sizes that can run, and PP beyond the layers."""
+    """Refuses TP that does not divide the heads, with the sizes that can run, and excess PP."""
     sizes = tensor_parallel_sizes(model)
     if tensor not in sizes:
         raise UserError(
-            f"--tensor-parallel-size {tensor} does not divide the {model.num_attention_heads} attention "
-            f"heads ({model.num_key_value_heads} KV heads) of {model.key}; sizes that can run: "
+            f"--tensor-parallel-size {tensor} does not divide the {model.num_attention_heads} "
+            f"attention heads ({model.num_key_value_heads} KV heads) of {model.key}; sizes that can run: "
             f"{', '.join(str(size) for size in sizes if size <= 16)}"
         )
     if pipeline > model.num_hidden_layers:
         raise UserError(
-            f"--pipeline-parallel-size {pipeline} exceeds the {model.num_hidden_layers} layers of {model.key}"
+            f"--pipeline-parallel-size {pipeline} exceeds the {model.num_hidden_layers} layers "
+            f"of {model.key}"
         )
 
 
@@ -220,7 +222,7 @@ def _tier(defaults: dict[str, Any], gpu: GpuSpec) -> dict[str, Any]:
 def _sglang_fraction(
     tier: dict[str, Any], gpu: GpuSpec, tensor: int, config: EngineConfig
 ) -> float:
-    """SGLang's own mem-fraction-static: what its heuristic leaves free for activations and graphs."""
+    """SGLang's own mem-fraction-static: its heuristic leaves room for activations and graphs."""
     chunk = config.max_num_batched_tokens or tier["max_num_batched_tokens"]
     graph_rows = tier["cuda_graph_max_bs"][0 if tensor < 4 else 1]
     workers = tensor * config.pipeline_parallel_size
@@ -228,13 +230,14 @@ def _sglang_fraction(
     if gpu.memory_bytes > 60 * 2**30:
         reserved_mib = max(reserved_mib, 10 * 1024)
     memory_mib = gpu.memory_bytes / 2**20
-    return round((memory_mib - reserved_mib) / memory_mib, 3)
+    return float(round((memory_mib - reserved_mib) / memory_mib, 3))
 
 
 def _check(config: ResolvedConfig) -> None:
     if not 0 < config.gpu_memory_utilization <= 1:
         raise UserError(
-            f"--gpu-memory-utilization must lie above 0 and at most 1, got {config.gpu_memory_utilization}"
+            "--gpu-memory-utilization must lie above 0 and at most 1, "
+            f"got {config.gpu_memory_utilization}"
         )
     if config.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise unknown("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES)

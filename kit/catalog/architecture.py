@@ -40,7 +40,9 @@ class ModelSpec:
     counts: Parameters
     absorbed_parameters: int  # MLA up projections that engines keep a second time, reshaped
     quantization: str | None  # of the checkpoint, or of the suffix it was asked by
-    unquantized: tuple[str, ...]  # components that the checkpoint leaves in 16 bits
+    kept: dict[
+        str, tuple[str, ...]
+    ]  # by quantisation: module names that such builds leave in 16 bits
     vision: VisionSpec | None
     source: str
 
@@ -69,7 +71,7 @@ class ModelSpec:
         """Bytes of KV cache one token adds on one rank while no sliding window has filled.
 
         >>> from kit.catalog import model
-        >>> model("mistral-7b-v0.3").kv_bytes_per_token()   # 2 x 32 layers x 8 heads x 128 x 2 bytes
+        >>> model("mistral-7b-v0.3").kv_bytes_per_token()  # 2 x 32 layers x 8 heads x 128 x 2 B
         131072.0
         """
         return float(
@@ -83,7 +85,7 @@ class ModelSpec:
 def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec:
     """The ModelSpec of a config.json; a missing field is named with the file.
 
-    `extra` may carry what a config.json does not say: vision_parameters and source.
+    `extra` may carry what a config.json does not say: vision_parameters, kept and source.
     """
     fields = Fields(text_config(config), key)
     heads = fields.count("num_attention_heads", "n_head", default=0)
@@ -91,7 +93,7 @@ def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec
     layers = fields.count("num_hidden_layers", "n_layer", "num_layers")
     head_dim = fields.count("head_dim", default=max(1, hidden // max(heads, 1)))
     vision = extra.get("vision_parameters")
-    quantization, unquantized = quantization_of(config, key)
+    quantization, kept = quantization_of(config, key)
     moe = moe_spec(fields, layers)
     return ModelSpec(
         key=key,
@@ -118,7 +120,7 @@ def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec
         counts=count_parameters(fields, config, layers, head_dim, moe, vision),
         absorbed_parameters=_absorbed(fields, layers, heads),
         quantization=quantization,
-        unquantized=unquantized,
+        kept={**extra.get("kept", {}), **({quantization: kept} if quantization else {})},
         vision=vision_spec(config),
         source=str(extra.get("source", key)),
     )
@@ -127,8 +129,8 @@ def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec
 def _rotary_bytes(fields: Fields, head_dim: int) -> int:
     """Bytes of the rotary cos-sin tables, 0 for models without rotary embedding.
 
-    One row a position, 16 bit; linear scaling stretches the table by its factor, DeepSeek's YaRN keeps it in
-    float32, and Gemma 3 has a second one for its sliding layers.
+    One row a position, 16 bit; linear scaling stretches the table by its factor, DeepSeek's YaRN
+    keeps it in float32, and Gemma 3 has a second one for its sliding layers.
     """
     model_type = str(fields.get("model_type", ""))
     if model_type in ("opt", "gpt2", "bloom", "mpt", "nemotron_h"):

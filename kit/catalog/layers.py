@@ -20,14 +20,33 @@ _LAYER_TYPE = {
 _HYBRID_LETTER = {"M": "mamba", "*": "full"}  # Nemotron-H; other letters are MLP or MoE layers
 
 
+# What published files leave to the model class.
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
+    "qwen3_next": {"attn_output_gate": True},  # queries are twice as wide
+}
+
+
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a config.json, also of a multimodal one."""
-    inner: Mapping[str, Any] = config.get("thinker_config") or config
+    inner = config.get("thinker_config") or config
     for key in _TEXT_KEYS:
         nested = inner.get(key)
         if isinstance(nested, Mapping):
-            return {**config, **nested}
-    return dict(config)
+            config = {**config, **nested}
+            break
+    return {**_CLASS_DEFAULTS.get(str(config.get("model_type")), {}), **config}
 
 
 def layer_kinds(fields: Fields, num_layers: int) -> list[str]:
@@ -60,7 +79,7 @@ def _every(period: int, other: str, num_layers: int) -> list[str]:
 def _checked(kinds: list[str], fields: Fields, num_layers: int) -> list[str]:
     if len(kinds) != num_layers:
         raise UserError(
-            f"{fields.where}: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}"
+            f"{fields.where}: {len(kinds)} layer types for num_hidden_layers {num_layers}"
         )
     return kinds
 
@@ -105,7 +124,7 @@ def _group(fields: Fields, kind: str, num_layers: int, head_dim: int) -> Attenti
 def _compressed_groups(
     fields: Fields, ratios: list[int], num_layers: int, head_dim: int
 ) -> tuple[AttentionGroup, ...]:
-    """DeepSeek-V4: one key-value vector a layer, kept for every ratio-th token; 0 keeps a window only."""
+    """DeepSeek-V4: one key-value vector a layer for every ratio-th token; 0 keeps a window."""
     indexer = fields.count("index_head_dim", default=0)
     window = fields.count("sliding_window", default=128)
     return tuple(
@@ -205,7 +224,8 @@ def vision_spec(config: Mapping[str, Any]) -> VisionSpec | None:
     ):  # Gemma 3 pools a whole image into 256 tokens
         patches = max(1, (side // patch) ** 2 // int(per_image))
     else:
-        merge = fields.get("merge_kernel_size") or [config.get("spatial_merge_size", 2)]
+        shuffle = round(1 / float(fields.get("pixel_shuffle_ratio", 1)))
+        merge = fields.get("merge_kernel_size") or [config.get("spatial_merge_size", shuffle)]
         patches = fields.count("spatial_merge_size", default=int(merge[0])) ** 2
     frames = fields.count("temporal_patch_size", default=1)
     hidden = fields.count("hidden_size", "width", default=1024)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -25,21 +23,22 @@ def normalize(name: str) -> str:
     >>> normalize("RedHatAI/Meta-Llama-3.1-8B-Instruct")
     'llama-3.1-8b'
     """
-    short = name.strip().rstrip("/").rsplit("/", 1)[-1].lower().replace("_", "-")
-    return _VARIANT.sub("", short.removeprefix("meta-"))
+    return _VARIANT.sub("", _short(name).replace("_", "-").removeprefix("meta-"))
+
+
+def _short(name: str) -> str:
+    return name.strip().rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 @cache
 def _index() -> dict[str, Path]:
-    """Normalised key, id and aliases of every file in data/models."""
-    index: dict[str, Path] = {}
-    for path in sorted((DATA / "models").glob("*.json")):
-        index.setdefault(path.stem, path)
-    for path in sorted((DATA / "models").glob("*.json")):
-        record = _read_json(path)
-        for name in (record["id"], *record.get("aliases", [])):
-            index.setdefault(normalize(name), path)
-            index.setdefault(normalize(split_suffix(name)[0]), path)
+    """Every key, id and alias, as written, then normalised; an exact name wins."""
+    records = [(path, _read_json(path)) for path in sorted((DATA / "models").glob("*.json"))]
+    index: dict[str, Path] = {path.stem: path for path, _ in records}
+    for rule in (_short, normalize, lambda name: normalize(split_suffix(name)[0])):
+        for path, record in records:
+            for name in (record["id"], *record.get("aliases", [])):
+                index.setdefault(rule(name), path)
     return index
 
 
@@ -49,21 +48,23 @@ def model_keys() -> list[str]:
 
 
 def model(name: str) -> ModelSpec:
-    """The model of a key, an id, a path with a config.json, or a hub id; refuses others with near names."""
+    """The model of a key, id, config.json path or hub id; refuses others with near names."""
     if spec := _from_path(name):
         return spec
     direct = DATA / "models" / f"{name.strip().lower()}.json"
     if "/" not in name and direct.is_file():
         return _from_record(direct)
     base, quantization = split_suffix(name.strip())
-    path = _index().get(normalize(name)) or _index().get(normalize(base))
+    names = (_short(name), _short(base), normalize(name), normalize(base))
+    path = next((_index()[one] for one in names if one in _index()), None)
     if path is None:
         spec = _from_hub(name)
         if spec is None:
             raise unknown("model", name, model_keys())
         return spec
     spec = _from_record(path)
-    return replace(spec, quantization=quantization) if quantization else spec
+    exact = _short(name) in _index() and spec.quantization is not None
+    return replace(spec, quantization=quantization) if quantization and not exact else spec
 
 
 @cache
@@ -73,6 +74,7 @@ def _from_record(path: Path) -> ModelSpec:
         record["config"],
         key=path.stem,
         vision_parameters=record.get("vision_parameters"),
+        kept={name: tuple(words) for name, words in record.get("kept_16_bit", {}).items()},
         source=record.get("source", path.name),
     )
 
@@ -108,6 +110,8 @@ def _from_hub(name: str) -> ModelSpec | None:
     """The config.json of a hub id, None where the hub is not reachable or has none."""
     if "/" not in name or os.environ.get("HF_HUB_OFFLINE") == "1":
         return None
+    import urllib.request  # 20 ms that only this path needs
+
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json")
     if token := os.environ.get("HF_TOKEN"):
@@ -115,5 +119,5 @@ def _from_hub(name: str) -> ModelSpec | None:
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return parse_config(json.load(answer), key=name, source=f"{endpoint}/{name}")
-    except (urllib.error.URLError, OSError, json.JSONDecodeError):
+    except (OSError, json.JSONDecodeError):  # urllib's errors are OSErrors
         return None

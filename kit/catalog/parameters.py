@@ -1,8 +1,9 @@
-"""Parameter counts by component, because quantisation and tensor parallelism treat each differently."""
+"""Parameter counts by component: quantisation and tensor parallelism treat each differently."""
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields as dataclass_fields
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 from kit.catalog.layers import layer_kinds, linear_dims, mamba_dims
@@ -71,7 +72,7 @@ def count_parameters(
     moe: MoeSpec | None,
     vision_parameters: int | None,
 ) -> Parameters:
-    """Parameters by component from the shapes of a config.json (within 0.5 % of published counts)."""
+    """Parameters by component from a config.json (within 0.5 % of published counts)."""
     hidden = fields.count("hidden_size", "n_embd", "d_model")
     vocab = fields.count("vocab_size")
     kinds = Counter(_kinds(fields, num_layers))
@@ -111,7 +112,7 @@ def _norms_per_layer(fields: Fields) -> int:
 def _attention(
     fields: Fields, hidden: int, head_dim: int, kinds: Counter[str]
 ) -> tuple[int, int, int, int]:
-    """Sharded, key-value, replicated and small (bias, q/k norm) parameters of all attention layers."""
+    """Sharded, key-value, replicated and small (bias, norm) parameters of all attention layers."""
     heads = fields.count("num_attention_heads", "n_head", default=1)
     layers = kinds["full"] + kinds["sliding"] + kinds["chunked"] + kinds["compressed"]
     if fields.get("kv_lora_rank"):
@@ -215,7 +216,7 @@ def _state(fields: Fields, hidden: int, kinds: Counter[str]) -> int:
 
 
 def _vision(config: Mapping[str, Any]) -> int:
-    """A plain vision transformer from vision_config, 0 without one (projector left out: below 1 %)."""
+    """A plain vision transformer from vision_config, 0 without one (no projector: below 1 %)."""
     tower = config.get("vision_config")
     if not isinstance(tower, Mapping):
         return 0

@@ -21,7 +21,7 @@ class AttentionGroup:
     compress_ratio: float = 1.0  # tokens per cached entry
 
     def bytes_per_token(self, kv_dtype_bytes: float, tensor_parallel_size: int = 1) -> float:
-        """Bytes per token of one layer on one rank; KV heads are duplicated where TP exceeds them."""
+        """Bytes per token of one layer on one rank; KV heads are duplicated beyond their number."""
         if self.kind == "mla":  # the latent vector is replicated on every rank
             return self.latent_dim * kv_dtype_bytes + self.indexer_bytes
         if self.kind == "compressed":
@@ -58,7 +58,7 @@ class MoeSpec:
 
 @dataclass(frozen=True, slots=True)
 class VisionSpec:
-    """What a vision tower costs an engine's profiling run, per token that it hands to the language model."""
+    """What a vision tower costs a profiling run, per token handed to the language model."""
 
     patches_per_token: int
     pixels_per_token: int
@@ -68,7 +68,7 @@ class VisionSpec:
 
 
 class Fields:
-    """Typed look-up in a config.json that names the file and the field when one is missing or broken."""
+    """Typed look-up in a config.json that names file and field when one is missing or broken."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values

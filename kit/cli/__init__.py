@@ -14,7 +14,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point: dispatches to kit.cli.<command>.command, turns bad input into one line and exit code 2."""
+    """Entry point: runs kit.cli.<command>.command; bad input is one line and exit code 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()

@@ -1,4 +1,4 @@
-"""The options that every engine-facing command shares, with CONTRACT names and one help line each."""
+"""The options that every engine-facing command shares, with one help line each."""
 
 from typing import Annotated
 

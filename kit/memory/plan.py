@@ -1,14 +1,14 @@
 """One replica's memory plan: the engine's start-up log, predicted line by line with intervals."""
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import sqrt
 
 from kit.catalog import GpuSpec, ModelSpec
 from kit.engine_config import EngineConfig, ResolvedConfig, by_version, engine_data, resolve
-from kit.memory import vllm
+from kit.memory import fraction, vllm
 from kit.memory.pool import Layout, layout
 from kit.memory.shape import Term
-from kit.memory.weights import Stage, stages, weights_bytes
+from kit.memory.weights import Stage, stages, weights_term
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,6 @@ class MemoryPlan:
     layout: Layout
     kv_bytes_per_token: float  # one replica, all its GPUs
     printed_by_concurrency: bool
-    warnings: tuple[str, ...] = ()
 
     @property
     def kv_cache_bytes(self) -> float:
@@ -69,40 +68,32 @@ def plan(model: ModelSpec, gpu: GpuSpec, config: EngineConfig | ResolvedConfig) 
 
 
 def _rank_plan(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, stage: Stage) -> MemoryPlan:
-    rule = engine_data("vllm")["memory"]
-    total = gpu.memory_bytes
-    budget = Term(
-        ceil(total * config.gpu_memory_utilization),
-        total * config.gpu_memory_utilization * gpu.memory_relative_uncertainty,
-    )
-    size = weights_bytes(model, config, stage)
-    weights = Term(size, size * (0.004 if config.quantization == "bf16" else 0.02))
-    activation = vllm.activation(model, gpu, config, stage, rule)
-    non_torch = vllm.non_torch(gpu, config, rule)
-    graphs = vllm.cuda_graphs(model, config, rule)
-    charged = vllm.graphs_charged(config, rule)
+    rule = engine_data(config.engine)["memory"]
+    profiled = engine_data("vllm")["memory"]  # shapes of a forward pass, whichever engine runs it
+    weights = weights_term(model, config, stage)
+    activation = vllm.activation(model, gpu, config, stage, profiled)
+    graphs = vllm.cuda_graphs(model, config, profiled)
+    if config.engine == "vllm":
+        non_torch = vllm.non_torch(gpu, config, rule)
+        charged = vllm.graphs_charged(config, rule)
+        budget = vllm.budget(gpu, config)
+        state_blocks = by_version(rule["state_blocks_per_sequence"], config.engine_version)
+        shape = layout(model, config, stage.layer_fraction, state_blocks)
+        printed = by_version(rule["printed_tokens"], config.engine_version)
+    else:
+        non_torch, charged, printed = Term(0.0, 0.0), False, "blocks"
+        if not rule["activation_charged"]:
+            activation = Term(0.0, 0.0)
+        budget = fraction.budget(gpu, config, weights, activation, rule)
+        shape = fraction.layout(model, config, stage.layer_fraction, rule)
     parts = [weights, activation, non_torch] + ([graphs] if charged else [])
     pool = Term(
         budget.size_bytes - sum(part.size_bytes for part in parts),
         sqrt(sum(part.half_width_bytes**2 for part in [budget, *parts])),
     )
-    state_blocks = by_version(rule["state_blocks_per_sequence"], config.engine_version)
+    tensor = config.tensor_parallel_size
+    per_token = model.kv_bytes_per_token(config.kv_dtype_bytes, tensor) * tensor
     return MemoryPlan(
-        model=model,
-        gpu=gpu,
-        config=config,
-        budget=budget,
-        weights=weights,
-        activation=activation,
-        non_torch=non_torch,
-        cuda_graph=graphs,
-        graphs_charged=charged,
-        pool=pool,
-        layout=layout(model, config, stage.layer_fraction, state_blocks),
-        kv_bytes_per_token=model.kv_bytes_per_token(
-            config.kv_dtype_bytes, config.tensor_parallel_size
-        )
-        * config.tensor_parallel_size,
-        printed_by_concurrency=by_version(rule["printed_tokens"], config.engine_version)
-        == "concurrency",
-    )
+        model, gpu, config, budget, weights, activation, non_torch, graphs, charged, pool, shape,
+        per_token, printed == "concurrency",
+    )  # fmt: skip

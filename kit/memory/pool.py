@@ -1,4 +1,4 @@
-"""From bytes of KV pool to blocks, tokens and sequences: layer groups, padding, windows, state pages."""
+"""From bytes of KV pool to blocks, tokens and sequences: layer groups, windows, state pages."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -95,7 +95,7 @@ def _compressed_layout(
     counts: dict[int, int],
     config: ResolvedConfig,
 ) -> Layout:
-    """Compressed caches and pure state models: an average cost per token, no page is known to us."""
+    """Compressed caches and pure state models: an average cost per token, no page is known."""
     per_block = sum(
         config.block_size * per_token[id(group)] * counts[id(group)]
         for group in attention

@@ -1,10 +1,11 @@
 """vLLM V1's start-up memory rule, term by term, with a 90 % half width beside each.
 
-The engine runs one dummy batch of max_num_batched_tokens and one dummy sampler call of max_num_seqs rows,
-takes what was allocated at the peak, and gives the rest of utilisation x memory to the KV pool. The terms
-below are the tensors of that run; data/engines/vllm.yaml holds the constants by version.
+The engine runs one dummy batch of max_num_batched_tokens and one dummy sampler call of max_num_seqs
+rows, takes what was allocated at the peak, and gives the rest of utilisation x memory to the KV pool.
+The terms below are the tensors of that run; data/engines/vllm.yaml holds the constants by version.
 """
 
+from math import ceil
 from typing import Any
 
 from kit.catalog import GpuSpec, ModelSpec
@@ -12,6 +13,12 @@ from kit.engine_config import ResolvedConfig, by_version
 from kit.memory.shape import Term
 from kit.memory.weights import Stage
 from kit.units import GIB, MIB
+
+
+def budget(gpu: GpuSpec, config: ResolvedConfig) -> Term:
+    """Utilisation x memory; drivers and other processes move it by a few tenths of a percent."""
+    size = ceil(gpu.memory_bytes * config.gpu_memory_utilization)
+    return Term(size, size * (0.002 + gpu.memory_relative_uncertainty))
 
 
 def activation(
@@ -62,7 +69,7 @@ def _forward_bytes(model: ModelSpec, config: ResolvedConfig, rule: dict[str, Any
 
 
 def _moe_bytes(model: ModelSpec, config: ResolvedConfig) -> float:
-    """The fused-MoE kernel's two workspaces over token x top-k rows; the mxfp4 kernels need none."""
+    """The fused-MoE kernel's two workspaces over token x top-k rows; mxfp4 kernels need none."""
     if model.moe is None or config.quantization == "mxfp4":
         return 0.0
     rows = config.max_num_batched_tokens * model.moe.num_experts_per_tok
@@ -72,14 +79,15 @@ def _moe_bytes(model: ModelSpec, config: ResolvedConfig) -> float:
 
 
 def _vision_bytes(model: ModelSpec, config: ResolvedConfig) -> tuple[float, float]:
-    """Image embeddings and pixels kept during the profiling run, and the peak of the tower itself."""
+    """Image embeddings and pixels kept in the profiling run, and the tower's own peak."""
     tower = model.vision
     if tower is None:
         return 0.0, 0.0
     tokens = max(config.max_num_batched_tokens, tower.max_tokens_per_item)
     kept = tokens * 2 * (model.hidden_size + 3 * tower.pixels_per_token)
     patches = tokens * tower.patches_per_token
-    peak = 2 * patches * (3 * tower.intermediate_size + 4 * tower.hidden_size)
+    # not divided by TP: start-ups with two ranks show the whole tower's peak on each
+    peak = 2 * patches * (2 * tower.intermediate_size + 4 * tower.hidden_size)
     return float(kept), float(kept + peak)
 
 
@@ -89,10 +97,14 @@ def non_torch(gpu: GpuSpec, config: ResolvedConfig, rule: dict[str, Any]) -> Ter
     architecture = "hopper" if gpu.architecture in ("hopper", "blackwell") else "other"
     size = float(by_version(rule["non_torch_bytes"][architecture], version))
     half_width = 0.04 * GIB
-    if config.tensor_parallel_size > 1:
+    ranks = config.tensor_parallel_size
+    if ranks > 1:
         link = "nvlink" if gpu.link.startswith("nvlink") else "pcie"
-        size += by_version(rule["communication_bytes"][link], version)
-        half_width = 0.15 * GIB if link == "nvlink" else 0.3 * GIB
+        channels = rule["communication_bytes"][link]
+        size += channels["two_ranks"] + (ranks - 2) * channels["each_further"]
+        if link == "nvlink" and not config.enforce_eager:
+            size += by_version(rule["fused_all_reduce_bytes"], version)
+        half_width = 0.15 * GIB if link == "nvlink" else 0.25 * GIB
     elif config.pipeline_parallel_size > 1:
         size, half_width = size / 2, 0.1 * GIB
     return Term(size, half_width)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kit.catalog import ModelSpec
 from kit.engine_config import ResolvedConfig
+from kit.memory.shape import Term
 
 # Bytes per parameter of a quantised matrix, its scales and zero points included.
 BYTES_PER_PARAMETER = {
@@ -42,6 +43,19 @@ def stages(num_layers: int, pipeline_parallel_size: int) -> list[Stage]:
     return [Stage(count / num_layers, i == 0, i == last) for i, count in enumerate(counts)]
 
 
+def weights_term(model: ModelSpec, config: ResolvedConfig, stage: Stage) -> Term:
+    """Weights of one rank with their half width: builds differ in what they leave unquantised."""
+    size = weights_bytes(model, config, stage)
+    if config.quantization == "bf16":
+        return Term(size, 0.004 * size)
+    counts = model.counts
+    doubtful = 0.0
+    if model.state:  # hybrids: 4-bit builds often keep these at 8 bits
+        eighth = 1 - BYTES_PER_PARAMETER[config.quantization]
+        doubtful = eighth * (counts.attention + counts.attention_kv + counts.state)
+    return Term(size, 0.01 * size + max(doubtful, 0.0) / config.tensor_parallel_size)
+
+
 def weights_bytes(model: ModelSpec, config: ResolvedConfig, stage: Stage) -> float:
     """Bytes of parameters and rotary tables on one rank of that pipeline stage."""
     counts, tensor = model.counts, config.tensor_parallel_size
@@ -59,7 +73,7 @@ def weights_bytes(model: ModelSpec, config: ResolvedConfig, stage: Stage) -> flo
 
 
 def _padded_experts(model: ModelSpec, quantization: str) -> float:
-    """Routed-expert parameters as stored: the mxfp4 kernels pad the expert width to a multiple of 256."""
+    """Routed-expert parameters as stored: mxfp4 kernels pad their width to a multiple of 256."""
     if quantization != "mxfp4" or model.moe is None:
         return model.counts.experts
     width = model.moe.moe_intermediate_size
@@ -72,7 +86,7 @@ def _matrix_bytes(model: ModelSpec, quantization: str) -> dict[str, float]:
     sizes = dict.fromkeys(("attention", "mlp", "state", "experts"), size)
     if quantization == "mxfp4" and model.counts.experts:
         sizes.update(attention=2.0, mlp=2.0, state=2.0)
-    kept = " ".join(model.unquantized)
+    kept = " ".join(model.kept.get(quantization, ()))
     if "self_attn" in kept or "attn" in kept.split():
         sizes["attention"] = 2.0
     if "linear_attn" in kept or "mamba" in kept or "mixer" in kept:

@@ -1,0 +1,160 @@
+"""From a memory plan to sessions: how many fit, what a number needs, what would hold it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+from kit.catalog import GpuSpec, ModelSpec, gpu, gpu_keys
+from kit.engine_config import EngineConfig, engine_data, tensor_parallel_sizes
+from kit.errors import UserError
+from kit.memory.plan import MemoryPlan, plan
+from kit.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Sessions to hold: active ones have a request in the engine, paused ones only their cache."""
+
+    context_tokens: int
+    sessions: int = 1
+    paused_sessions: int = 0
+    headroom_fraction: float = 0.0  # of the KV pool, left free
+
+    def __post_init__(self) -> None:
+        for name in ("context_tokens", "sessions"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.paused_sessions < 0:
+            raise UserError(f"--paused-sessions must not be negative, got {self.paused_sessions}")
+        if not 0 <= self.headroom_fraction < 1:
+            raise UserError(
+                f"--headroom-fraction must lie from 0 to below 1, got {self.headroom_fraction}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Whether the asked sessions fit on one replica, how many would, and which limit decides."""
+
+    max_concurrent_sessions: int
+    limited_by: str
+    required_bytes: float  # per GPU, inside the engine's share of the memory
+    shortfall_bytes: float  # per GPU, 0 where it fits
+    fits: bool
+    max_model_len: int  # the engine's, lowered where its pool could not hold one such request
+
+
+def answer(memory: MemoryPlan, demand: Demand, *, asked_max_model_len: bool = False) -> Answer:
+    """Sessions of that context on one replica, and the limit that decides."""
+    config, shape = memory.config, memory.layout
+    per_session = _blocks(memory, demand.context_tokens)
+    usable = int(memory.num_blocks() * (1 - demand.headroom_fraction))
+    held = max(0, usable // per_session - demand.paused_sessions)
+    limited_by = "kv_cache" if held <= config.max_num_seqs else "max_num_seqs"
+    most = min(held, config.max_num_seqs)
+    length = _startable_length(memory, demand.context_tokens)
+    starts = length == config.max_model_len or not asked_max_model_len
+    if demand.context_tokens > config.max_model_len:
+        most, limited_by = 0, "max_model_len"
+    elif memory.pool.size_bytes <= 0:
+        limited_by = "weights"
+    wanted = demand.sessions + demand.paused_sessions
+    blocks = ceil(wanted * per_session / (1 - demand.headroom_fraction))
+    required = memory.budget.size_bytes - memory.pool.size_bytes + blocks * shape.block_bytes
+    fits = demand.sessions <= most and starts
+    shortfall = 0.0 if fits else max(0.0, required - memory.budget.size_bytes)
+    return Answer(most, limited_by, required, shortfall, fits, length)
+
+
+def _blocks(memory: MemoryPlan, context_tokens: int) -> int:
+    budget = memory.config.max_num_batched_tokens
+    return max(1, memory.layout.blocks_per_sequence(context_tokens, budget))
+
+
+def _startable_length(memory: MemoryPlan, context_tokens: int) -> int:
+    """The longest max_model_len that the pool holds once; engines refuse a longer one."""
+    longest, blocks = memory.config.max_model_len, memory.num_blocks()
+    if _blocks(memory, longest) <= blocks:
+        return longest
+    low, high = 0, longest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _blocks(memory, middle) <= blocks else (low, middle)
+    rounded = low // 1024 * 1024
+    return rounded if rounded >= min(context_tokens, low) else low
+
+
+def engine_args(memory: MemoryPlan, result: Answer, given: EngineConfig) -> dict[str, str]:
+    """The engine's own flags for this plan: what was asked for, and what the answer needs."""
+    config, flags = memory.config, engine_data(memory.config.engine)["flags"]
+    args: dict[str, str] = {}
+    if config.tensor_parallel_size > 1:
+        args["tensor_parallel_size"] = str(config.tensor_parallel_size)
+    if config.pipeline_parallel_size > 1:
+        args["pipeline_parallel_size"] = str(config.pipeline_parallel_size)
+    if given.quantization == "fp8" and memory.model.quantization is None:
+        args["quantization"] = "fp8"  # other formats need a checkpoint of their own
+    if config.kv_cache_dtype != "auto":
+        args["kv_cache_dtype"] = config.kv_cache_dtype
+    args["gpu_memory_utilization"] = f"{config.gpu_memory_utilization:g}"
+    if result.max_model_len and (
+        given.max_model_len or result.max_model_len < config.max_model_len
+    ):
+        args["max_model_len"] = str(result.max_model_len)
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if getattr(given, name) is not None:
+            args[name] = str(getattr(config, name))
+    if config.enforce_eager:
+        args["enforce_eager"] = ""
+    return {flags[name]: value for name, value in args.items() if flags.get(name)}
+
+
+def alternatives(
+    model: ModelSpec, card: GpuSpec, config: EngineConfig, demand: Demand, limit: int = 4
+) -> Iterator[str]:
+    """What would hold the asked sessions, cheapest change first: dtypes, GPUs, another card."""
+    found = 0
+    for text, other, changed in _changes(model, card, config):
+        try:
+            memory = plan(model, other, changed)
+        except UserError:
+            continue
+        if answer(memory, demand).fits:
+            yield text
+            found += 1
+        if found == limit:
+            return
+
+
+def _changes(
+    model: ModelSpec, card: GpuSpec, config: EngineConfig
+) -> Iterator[tuple[str, GpuSpec, EngineConfig]]:
+    if config.kv_cache_dtype == "auto":
+        yield "--kv-cache-dtype fp8", card, replace(config, kv_cache_dtype="fp8")
+    if (config.quantization or model.quantization or "bf16") == "bf16":
+        for quantization in ("fp8", "int4-awq"):
+            yield f"--quantization {quantization}", card, replace(config, quantization=quantization)
+    used = max(config.gpu_count, config.tensor_parallel_size or 1)
+    for size in tensor_parallel_sizes(model, 8):
+        if size > used:
+            changed = replace(config, gpu_count=size, tensor_parallel_size=size)
+            yield f"--tensor-parallel-size {size} on {size}x {card.key}", card, changed
+    for other in sorted(map(gpu, gpu_keys()), key=lambda one: one.memory_bytes):
+        if other.memory_bytes > 1.05 * card.memory_bytes:
+            yield f"{other.key} ({format_bytes(other.memory_bytes)})", other, config
+
+
+def context_by_turn(
+    first_tokens: int, added_tokens: int, output_tokens: int, turns: int
+) -> list[int]:
+    """Context after each turn, tokens: every turn re-sends what came before and adds to it.
+
+    >>> context_by_turn(1000, 200, 100, 3)
+    [1100, 1400, 1700]
+    """
+    return [
+        first_tokens + output_tokens + turn * (added_tokens + output_tokens)
+        for turn in range(turns)
+    ]
