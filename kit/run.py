@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from kit import catalog, report
-from kit.catalog.paths import DATA, load_yaml
+from kit.catalog.paths import load_yaml
 from kit.errors import UserError, unknown
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -47,28 +47,14 @@ def choose_gpu(asked: str | None, found: str | None) -> str:
     key = catalog.gpu(asked).key if asked else None
     if found is None:
         return key or DEFAULT_GPU
-    keys = [k for k in catalog.gpu_keys() if _named(catalog.gpu(k), found)]
+    patterns = {k: "|".join(catalog.gpu(k).nvml_names) for k in catalog.gpu_keys()}
+    keys = [k for k, pattern in patterns.items() if re.match(pattern, found, re.IGNORECASE)]
     if (key in keys) if key else len(keys) == 1:
         return key or keys[0]
     raise UserError(
         f"--gpu {asked or '(not given)'}: this host has {found!r} ({' or '.join(keys) or 'no key'} "
         'in data/gpus.yaml); CUDA_VISIBLE_DEVICES="" hides it'
     )
-
-
-def _named(gpu: catalog.GpuSpec, found: str) -> bool:
-    return any(re.match(pattern, found, re.IGNORECASE) for pattern in gpu.nvml_names)
-
-
-def scenario_file(given: Path) -> Path:
-    """The scenario's absolute path, from a file or a key of data/scenarios."""
-    bundled = {path.stem: path for path in (DATA / "scenarios").glob("*.yaml")}
-    path = bundled.get(str(given), given)
-    if not path.is_file():
-        raise UserError(f"--scenario {given}: no such file; bundled: {', '.join(sorted(bundled))}")
-    if not isinstance(load_yaml(path), dict):
-        raise UserError(f"--scenario {given}: not a mapping of names to values")
-    return path.resolve()
 
 
 def reachable(base_url: str) -> str:
@@ -79,7 +65,8 @@ def reachable(base_url: str) -> str:
     except urllib.error.HTTPError:
         pass  # an answer: it may want a key
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"--base-url {base_url}: cannot be reached ({error})") from None
+        reason = getattr(error, "reason", error)
+        raise UserError(f"--base-url {base_url}: cannot be reached ({reason})") from None
     return root
 
 
@@ -185,10 +172,16 @@ def _papermill(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> s
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
-    config = Config(KernelManager={"transport_encryption": "auto"})
-    options = {"kernel_name": "python3", "progress_bar": False, "config": config}
     try:
-        papermill.execute_notebook(notebook, output, parameters, **options)
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            config=Config(KernelManager={"transport_encryption": "auto"}),
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # stderr keeps to the progress
+        )
     except papermill.PapermillExecutionError as failure:
         last = (failure.evalue.strip().splitlines() or [""])[-1]
         return f"cell In [{failure.exec_count}]: {failure.ename}: {last}"
@@ -217,7 +210,7 @@ def walkthrough(
         rows.append(execute(path, root / path.stem, filled[path.stem]))
         index = report.write_index(root, rows[-1])
         row = rows[-1]
-        sys.stderr.write(f"{row['error'] or row['status']}, {row['duration_s']} s\n")
+        sys.stderr.write(f"{row['status']}, {row['duration_s']} s\n")
         if ": UserError: " in (row["error"] or ""):
             raise UserError(f"{path.stem}, {row['error'].replace('UserError: ', '')}")
     return rows, index

@@ -47,7 +47,7 @@ def kit(*arguments: str, monkeypatch) -> None:
         (["--set", "levels"], "not name=value"),
         (["--gpu", "h100-sxm-81gb"], "h100-sxm-80gb"),
         (["--notebooks", "77"], "unknown notebook '77'"),
-        (["--scenario", "absent.yaml"], "no such file"),
+        (["--scenario", "absent.yaml"], "'absent.yaml' does not exist"),
         (["--base-url", "http://127.0.0.1:9"], "cannot be reached"),
         (["--base-url", "localhost:8000"], "--base-url localhost:8000"),
         (["--no-such-option"], "--no-such-option"),
@@ -62,6 +62,14 @@ def test_bad_input_is_one_line_and_exit_2(arguments, told, monkeypatch, capsys, 
     assert len(err.strip().splitlines()) <= 3
     assert out == ""
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_scenario_is_bad_input(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: [unclosed\n")
+    with pytest.raises(SystemExit) as stop:
+        kit("--scenario", str(tmp_path / "mine.yaml"), monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    assert "mine.yaml line 2: not valid YAML" in capsys.readouterr().err
 
 
 def test_an_out_that_is_a_file_is_bad_input(monkeypatch, capsys, tmp_path):
@@ -256,7 +264,7 @@ def test_command_prints_the_index_and_fails_with_the_notebook(tmp_path, monkeypa
     assert shown["gpu"] == "l4-24gb"
     assert Path(shown["index"]).exists()
     assert shown["notebooks"][0]["status"] == "failed"
-    assert "[1/1] 00_fails ..." in err
+    assert re.match(r"\[1/1\] 00_fails \.\.\. failed, \d+\.\d s\n", err)
     assert "kit: 00_fails failed: cell In [3]: RuntimeError: last line" in err
 
 

@@ -11,7 +11,10 @@ from kit.cli.options import Json
 from kit.errors import UserError
 
 Gpu = Annotated[str | None, typer.Option("--gpu", help="default: this host's, else h100-sxm-80gb")]
-Scenario = Annotated[Path | None, typer.Option("--scenario", help="scenario YAML file")]
+Scenario = Annotated[
+    Path | None,
+    typer.Option("--scenario", exists=True, dir_okay=False, resolve_path=True, help="YAML file"),
+]
 BaseUrl = Annotated[str | None, typer.Option("--base-url", help="OpenAI-compatible server")]
 Notebooks = Annotated[str, typer.Option("--notebooks", help="numbers or names: 00,02")]
 Out = Annotated[Path, typer.Option("--out", help="folder of the reports")]
@@ -29,12 +32,14 @@ def command(
 ) -> int:
     """Run the notebooks through papermill and write a report."""
     from kit import run
+    from kit.catalog.paths import load_yaml
 
     key = run.choose_gpu(gpu, run.visible_gpu())
     chosen = run.select([name.strip() for name in notebooks.split(",") if name.strip()])
     asked = _settings(settings or [])
     if scenario is not None:
-        asked["scenario"] = str(run.scenario_file(scenario))
+        load_yaml(scenario)  # broken YAML is told before anything runs
+        asked["scenario"] = str(scenario)
     if base_url is not None:
         asked |= {"base_url": run.reachable(base_url), "source": "live"}
     rows, index = run.walkthrough(chosen, out / key, run.preset(key), asked)
