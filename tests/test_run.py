@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kit import cli, notebook, run
+from kit import cli, notebook, report, run
 from kit.errors import UserError
 
 PARAMETERS = """gpu: str = "h100-sxm-80gb"  # key
@@ -313,3 +313,20 @@ def test_tables_align_and_name_the_unknown():
     assert len({len(line) for line in lines}) == 1
     with pytest.raises(UserError, match="unknown provenance 'guessed'"):
         notebook.table([{"n": 1, "provenance": "guessed"}])
+
+
+def test_reports_honour_tags(tmp_path):
+    folder = tmp_path / "l4-24gb" / "00_tags"
+    folder.mkdir(parents=True)
+    book = nbformat.v4.new_notebook()
+    for tag in ("remove-cell", "exercise", "hide-input", "lesson", "plain"):
+        cell = nbformat.v4.new_code_cell(f"{tag!r}", metadata={"tags": [tag]})
+        cell.outputs = [nbformat.v4.new_output("stream", text=f"out of {tag}")]
+        book.cells.append(cell)
+    nbformat.write(book, folder / "notebook.ipynb")
+    report.write_page(folder, {"title": "Tags", "notebook": "00_tags", "error": None})
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    shown = {tag: f"out of {tag}" in page for tag in ("remove-cell", "exercise", "hide-input")}
+    assert shown == {"remove-cell": False, "exercise": False, "hide-input": True}
+    assert len(re.findall("<details", page)) == 1  # plain alone is folded; lesson stands open
+    assert page.count('<div class="shown">') == 1
