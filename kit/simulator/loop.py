@@ -62,7 +62,8 @@ class Simulation:
         self.route = router(config.routing, self.replicas)
         self.turns = array("d")  # COLUMNS of each completed turn
         self.refusals: dict[str, int] = {}
-        self.planned = self.sent = self.refused = self.events = self.now = 0
+        self.refused_at: list[tuple[float, int]] = []  # seconds, session key
+        self.planned = self.events = self.now = 0
         self.in_flight: dict[int, Request] = {}
         self.intervals = IntervalHistogram(TICKS_PER_S)
         self._heap: list[tuple[int, int, int, Any]] = []
@@ -84,7 +85,7 @@ class Simulation:
         return self
 
     def _play(self, stop: tuple[int, int] | None) -> None:
-        """Process the events before `stop`; arrivals (0) come before step ends (1) at one instant."""
+        """Process the events before `stop`; at one instant arrivals (0) precede step ends (1)."""
         heap = self._heap
         while heap and (stop is None or heap[0][:2] < stop):
             self.now, kind, _, item = heappop(heap)
@@ -115,9 +116,8 @@ class Simulation:
         replica = state.replica = self.route(request, state.replica, self.now)
         was_empty = not replica.scheduler.waiting
         refusal = replica.scheduler.add(request)
-        self.sent += 1
         if refusal is not None:
-            self.refused += 1
+            self.refused_at.append((self.now / TICKS_PER_S, state.session.key))
             self.refusals[refusal] = self.refusals.get(refusal, 0) + 1
             self._end_session(state)
             return

@@ -58,14 +58,17 @@ def generate(
 ) -> Iterator[Session]:
     """Sessions by arrival: at most `sessions`, before `duration_s`, the same for the same seed.
 
-    With both given the rates are scaled so that `sessions` are expected within `duration_s`.
+    With both given the rates are scaled so that `sessions` are expected within `duration_s`; with
+    neither, a `step` or `batch` comes once.
     """
     arrivals = workload.arrivals
     rate = arrivals.mean_rate_per_s()
     if sessions is not None and duration_s is not None and rate is not None:
         arrivals = arrivals.scaled(sessions / duration_s / rate)
-    if sessions is None and duration_s is None and not isinstance(arrivals, Burst):
-        raise UserError("give a number of sessions or a duration: the arrivals never end")
+    if sessions is None and duration_s is None:
+        if not isinstance(arrivals, Burst):
+            raise UserError("give a number of sessions or a duration: the arrivals never end")
+        sessions = arrivals.size
     times = islice(arrivals.times(np.random.default_rng([seed, 0])), sessions)
     for key, at_s in enumerate(takewhile(lambda t: duration_s is None or t < duration_s, times)):
         yield workload.session.draw(np.random.default_rng([seed, 1, key]), key, at_s)

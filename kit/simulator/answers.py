@@ -1,0 +1,232 @@
+"""What a finished simulation says: latencies, sessions, cache survival, bursts, task times."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kit import metrics
+from kit.simulator.loop import COLUMNS, Simulation
+from kit.simulator.steps import TICKS_PER_S
+from kit.workload import Session
+
+Floats = npt.NDArray[np.float64]
+PAUSES_S = (0.0, 1.0, 10.0, 60.0, 300.0, 3600.0, float("inf"))
+CACHED_FRACTION = 0.9  # a turn is a hit when this much of what it could reuse was cached
+SERIES_POINTS = 120
+LARGEST_BURST_TRIED = 16_384
+
+
+def answers(
+    sim: Simulation, slo_ttft_s: float | None, slo_tpot_s: float | None, burst_keys: set[int]
+) -> dict[str, Any]:
+    """Every answer of one run under the names of `kit simulate --json`."""
+    turns = _columns(sim)
+    requests, keys = _requests(sim, turns, slo_ttft_s)
+    good = metrics.meets_slo(requests, slo_ttft_s, slo_tpot_s)
+    has_slo = slo_ttft_s is not None or slo_tpot_s is not None
+    done = int(turns["turn"].size)
+    usage = [replica.kv_cache_usage_mean(sim.now) for replica in sim.replicas]
+    pools = [replica.scheduler for replica in sim.replicas]
+    asked = sum(scheduler.query_tokens for scheduler in pools)
+    span_s = sim.now / TICKS_PER_S
+    return {
+        **_latency(sim, turns, requests, len(keys) - done),
+        "output_tokens_per_s": float(turns["output_len"].sum()) / span_s if span_s else None,
+        "requests_per_s": done / span_s if span_s else None,
+        "limited_by": _limited_by(sim, turns),
+        "completed": done,
+        "refused": len(sim.refused_at),
+        "unfinished": sim.planned - done - len(sim.refused_at),
+        "turns": sim.planned,
+        "refusals": sim.refusals,
+        "prefix_hit_fraction": sum(s.hit_tokens for s in pools) / asked if asked else None,
+        "preemptions": sum(scheduler.preemptions for scheduler in pools),
+        "kv_cache_usage": {
+            "mean": float(np.mean(usage)),
+            "max": max(scheduler.peak_used / scheduler.pool.total for scheduler in pools),
+        },
+        "slo_attainment_fraction": float(good.mean()) if has_slo and len(keys) else None,
+        "burst": _burst(requests, np.isin(keys, list(burst_keys)), slo_ttft_s),
+        "sessions": _sessions(turns, span_s),
+        "prefix_still_cached": _still_cached(turns),
+        "ttft_mixture": _mixture(turns),
+        "task_s": _tasks(turns),
+        "simulated_s": span_s,
+    }
+
+
+def largest_passing_burst(
+    simulate: Callable[[Sequence[Session]], Simulation], draw: Callable[[int], list[Session]]
+) -> int:
+    """Most first turns that idle replicas take at once with 95 % in time, by bisection.
+
+    `simulate` stops the clock at the TTFT limit; what has its first token by then was in time.
+    """
+
+    def passes(first_turns: list[Session]) -> bool:
+        sim = simulate(first_turns)
+        in_time = len(sim.turns) // len(COLUMNS)
+        in_time += sum(len(request.times) == 3 for request in sim.in_flight.values())
+        return in_time >= metrics.PASSING_ATTAINMENT * len(first_turns)
+
+    good, bad = 0, 1
+    while len(sessions := draw(bad)) == bad and bad <= LARGEST_BURST_TRIED and passes(sessions):
+        good, bad = bad, 2 * bad
+    bad = min(bad, len(sessions) + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if passes(sessions[:middle]) else (good, middle)
+    return good
+
+
+def _columns(sim: Simulation) -> dict[str, Floats]:
+    table = np.frombuffer(sim.turns, dtype=float).reshape(-1, len(COLUMNS))
+    return {name: table[:, index] for index, name in enumerate(COLUMNS)}
+
+
+def _requests(
+    sim: Simulation, turns: dict[str, Floats], slo_ttft_s: float | None
+) -> tuple[metrics.Requests, Floats]:
+    """Turns that can be judged (completed, refused, late in flight), and their sessions' keys."""
+    late = [
+        request
+        for request in sim.in_flight.values()
+        if len(request.times) < 3
+        and slo_ttft_s is not None
+        and sim.now - request.times[0] > slo_ttft_s * TICKS_PER_S
+    ]
+    missed = [(r.times[0] / TICKS_PER_S, r.owner.session.key) for r in late] + sim.refused_at
+    never = np.full(len(missed), np.nan)
+    at_s = np.array([at for at, _ in missed], dtype=float)
+
+    def join(name: str, rest: Floats) -> Floats:
+        return np.concatenate([turns[name], rest])
+
+    arrival, end = join("arrival_s", at_s), join("end_s", never)
+    requests = metrics.Requests(
+        scheduled_s=arrival, sent_s=arrival, first_token_s=join("first_s", never),
+        last_token_s=end, end_s=np.where(np.isnan(end), sim.now / TICKS_PER_S, end),
+        output_tokens=join("output_len", never * 0), ok=~np.isnan(end),
+    )  # fmt: skip
+    return requests, join("key", np.array([key for _, key in missed], dtype=float))
+
+
+def _latency(
+    sim: Simulation, turns: dict[str, Floats], requests: metrics.Requests, misses: int
+) -> dict[str, Any]:
+    tpot = requests.tpot_s()
+    intervals = sim.intervals
+    return {
+        "ttft_s": metrics.summarize(requests.ttft_s(), misses),
+        "tpot_s": metrics.summarize(tpot[np.isfinite(tpot)], misses),
+        "itl_s": {"p50": intervals.percentile_s(50), "p99": intervals.percentile_s(99)},
+        "e2el_s": metrics.summarize(turns["end_s"] - turns["arrival_s"], misses),
+    }
+
+
+def _limited_by(sim: Simulation, turns: dict[str, Floats]) -> str | None:
+    """Where turns spend most of their time, and what they queue for."""
+    if not turns["turn"].size:
+        return None
+    parts = {
+        "queue": turns["admitted_s"] - turns["arrival_s"],
+        "prefill": turns["first_s"] - turns["admitted_s"],
+        "decode": turns["end_s"] - turns["first_s"],
+    }
+    largest = max(parts, key=lambda name: float(parts[name].sum()))
+    if largest != "queue":
+        return largest
+    full = max(r.scheduler.peak_used / r.scheduler.pool.total for r in sim.replicas) > 0.95
+    return "kv_cache" if full else "prefill"
+
+
+def _burst(
+    requests: metrics.Requests, chosen: metrics.Bools, slo_ttft_s: float | None
+) -> dict[str, Any]:
+    """How the burst was taken: the chosen turns, or else those of the busiest minute."""
+    at_s = requests.scheduled_s
+    if len(at_s) and not chosen.any():
+        arrival = np.sort(at_s)
+        within = np.searchsorted(arrival, arrival + 60.0) - np.arange(len(arrival))
+        start = arrival[int(within.argmax())]
+        chosen = (at_s >= start) & (at_s < start + 60.0)
+    columns = (getattr(requests, field.name) for field in fields(requests)[:7])
+    part = metrics.Requests(*(column[chosen] for column in columns))
+    return {"requests": int(chosen.sum()), **metrics.burst_absorption(part, slo_ttft_s)}
+
+
+def _sessions(turns: dict[str, Floats], span_s: float) -> dict[str, Any]:
+    """Sessions that are active, queued and paused: mean and maximum over time, and a series."""
+    order = np.lexsort((turns["turn"], turns["session"]))
+    arrival, admitted, end = (turns[name][order] for name in ("arrival_s", "admitted_s", "end_s"))
+    follows = np.diff(turns["session"][order]) == 0
+    spans = {
+        "active": (admitted, end),
+        "queued": (arrival, admitted),
+        "paused": (end[:-1][follows], arrival[1:][follows]),
+    }
+    grid = np.linspace(0.0, span_s, SERIES_POINTS)
+    result: dict[str, Any] = {"series": {"t_s": grid.tolist()}}
+    for name, (begin, stop) in spans.items():
+        begin, stop = np.sort(begin), np.sort(stop)
+        at = np.searchsorted(begin, grid, "right") - np.searchsorted(stop, grid, "right")
+        peak = np.arange(1, len(begin) + 1) - np.searchsorted(stop, begin, "right")
+        result[name] = {
+            "mean": float((stop - begin).sum() / span_s) if span_s else None,
+            "max": int(peak.max()) if len(peak) else 0,
+        }
+        result["series"][name] = at.tolist()
+    held = turns["pause_s"] * turns["reusable_tokens"]
+    active = (turns["end_s"] - turns["admitted_s"]) * turns["input_len"]
+    result["idle_to_active_kv"] = float(held[held > 0].sum() / active.sum()) if len(held) else None
+    return result
+
+
+def _hits(turns: dict[str, Floats]) -> npt.NDArray[np.bool_]:
+    return turns["hit_tokens"] >= CACHED_FRACTION * turns["reusable_tokens"]
+
+
+def _still_cached(turns: dict[str, Floats]) -> list[dict[str, Any]]:
+    """P(prefix still cached) by the length of the pause before the turn."""
+    resumed, hit = turns["reusable_tokens"] > 0, _hits(turns)
+    rows = []
+    for low, high in pairwise(PAUSES_S):
+        chosen = resumed & (turns["pause_s"] >= low) & (turns["pause_s"] < high)
+        count = int(chosen.sum())
+        upto = None if high == float("inf") else high
+        rows.append({
+            "pause_from_s": low, "pause_to_s": upto, "turns": count,
+            "cached_fraction": float(hit[chosen].mean()) if count else None,
+        })  # fmt: skip
+    return rows
+
+
+def _mixture(turns: dict[str, Floats]) -> dict[str, Any]:
+    """TTFT of first turns, of resumed ones with their context cached, and of those without."""
+    first, hit = turns["reusable_tokens"] == 0, _hits(turns)
+    ttft = turns["first_s"] - turns["arrival_s"]
+    kinds = {"first": first, "hit": ~first & hit, "miss": ~first & ~hit}
+    total = max(len(ttft), 1)
+    return {
+        name: {"fraction": float(chosen.sum() / total), **metrics.summarize(ttft[chosen])}
+        for name, chosen in kinds.items()
+    }
+
+
+def _tasks(turns: dict[str, Floats]) -> dict[str, Any]:
+    """First arrival to last token of sessions with all turns done, and the server's share of it."""
+    roots = turns["session"] > 0
+    session = turns["session"][roots].astype(int)
+    size = int(session.max(initial=0)) + 1
+    start = np.full(size, np.inf)
+    np.minimum.at(start, session, turns["arrival_s"][roots])
+    served = np.bincount(session, (turns["end_s"] - turns["arrival_s"])[roots], size)
+    done = roots & (turns["last_turn"] == 1)
+    ended = turns["session"][done].astype(int)
+    task = turns["end_s"][done] - start[ended]
+    share = float(served[ended].sum() / task.sum()) if task.sum() else None
+    return {**metrics.summarize(task), "served_fraction": share}

@@ -1,0 +1,137 @@
+"""One question to the simulator: which sessions, on which replicas, judged by which limits."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from heapq import merge
+from itertools import islice, repeat, takewhile
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from kit.catalog import GpuSpec, ModelSpec
+from kit.engine_config import EngineConfig, resolve
+from kit.errors import UserError
+from kit.memory import plan
+from kit.scheduler import SchedulerConfig, scheduler_config
+from kit.simulator.answers import answers, largest_passing_burst
+from kit.simulator.loop import Simulation, SimulationConfig
+from kit.simulator.steps import StepTime
+from kit.steptime import WARNING, roofline
+from kit.traces import Trace
+from kit.workload import Session, Workload, generate
+from kit.workload.arrivals import Burst
+
+DEFAULT_DURATION_S = 3600.0
+BURST_KEYS = 1 << 40  # session keys of a burst that is added to other load
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What arrives: a workload or a trace, how much of it, and a burst on top."""
+
+    source: Workload | Trace
+    sessions: int | None = None
+    duration_s: float | None = None
+    burst: int | None = None
+    seed: int = 0
+
+    def stream(self) -> tuple[Iterable[Session], set[int]]:
+        """Sessions by arrival, and the keys of those that are the burst.
+
+        A burst alone comes at 0; with other load it comes at half of the duration.
+        """
+        if not self.burst:
+            return self._base(), set()
+        if self.sessions is None and self.duration_s is None:
+            sessions = self._at_once(self.burst)
+            return sessions, {session.key for session in sessions}
+        middle = (self.duration_s or DEFAULT_DURATION_S) / 2
+        extra = [
+            replace(session, key=BURST_KEYS + session.key, arrival_s=middle)
+            for session in self._at_once(self.burst)
+        ]
+        load = merge(self._base(), extra, key=lambda session: session.arrival_s)
+        return load, {session.key for session in extra}
+
+    def first_turns(self, count: int) -> list[Session]:
+        """First turns of `count` sessions (fewer where a trace has fewer), to be sent at once."""
+        sessions = self._at_once(count)
+        return [replace(s, turns=[replace(s.turns[0], children=())]) for s in sessions]
+
+    def warnings(self) -> list[str]:
+        """What the trace does not say or leaves out."""
+        if isinstance(self.source, Workload):
+            return []
+        notes = []
+        if self.source.skipped:
+            notes.append(f"{self.source.skipped} recorded calls without output were left out")
+        if not self.source.shared_clock:
+            notes.append(
+                "the trace has no common clock: session starts are spread evenly at random"
+            )
+        return notes
+
+    def _base(self) -> Iterator[Session]:
+        if isinstance(self.source, Workload):
+            duration_s, endless = self.duration_s, not isinstance(self.source.arrivals, Burst)
+            if self.sessions is None and duration_s is None and endless:
+                duration_s = DEFAULT_DURATION_S
+            return generate(self.source, self.seed, sessions=self.sessions, duration_s=duration_s)
+        starts = None
+        if not self.source.shared_clock:
+            rng = np.random.default_rng([self.seed, 0])
+            spread = rng.random(len(self.source.calls)) * (self.duration_s or DEFAULT_DURATION_S)
+            starts = iter(np.sort(spread).tolist())
+        every = islice(self.source.sessions(starts), self.sessions)
+        return takewhile(lambda s: self.duration_s is None or s.arrival_s < self.duration_s, every)
+
+    def _at_once(self, count: int) -> list[Session]:
+        """`count` sessions at 0; a burst on top draws others than the base load."""
+        if isinstance(self.source, Workload):
+            rngs = [np.random.default_rng([self.seed, 2, key]) for key in range(count)]
+            return [self.source.session.draw(rng, key, 0.0) for key, rng in enumerate(rngs)]
+        every = islice(self.source.sessions(repeat(0.0)), count)
+        return [replace(session, arrival_s=0.0) for session in every]
+
+
+def replica(
+    model: ModelSpec, gpu: GpuSpec, config: EngineConfig
+) -> tuple[SchedulerConfig, StepTime, list[str]]:
+    """Scheduler limits, step time and warnings of one replica."""
+    resolved = resolve(config, model, gpu)
+    memory = plan(model, gpu, resolved)
+    tokens = memory.kv_cache_tokens()
+    if tokens < resolved.block_size:
+        raise UserError(
+            f"{model.key} leaves no room for a KV cache on {resolved.gpu_count} x {gpu.key}: "
+            "see kit size for what would fit"
+        )
+    weights_bytes = memory.weights.size_bytes * resolved.gpu_count
+    steps = roofline(model, gpu, resolved, weights_bytes)
+    return scheduler_config(resolved, tokens), steps, [WARNING]
+
+
+def study(
+    config: SimulationConfig,
+    step_time: StepTime,
+    load: Load,
+    slo_ttft_s: float | None = None,
+    slo_tpot_s: float | None = None,
+) -> dict[str, Any]:
+    """Answers of one simulation and the largest passing burst, with the seconds it took."""
+    begun = perf_counter()
+    sessions, burst_keys = load.stream()
+    sim = Simulation(config, step_time).run(sessions)
+    result = answers(sim, slo_ttft_s, slo_tpot_s, burst_keys)
+    if sim.planned == 0:
+        raise UserError("no session arrives: raise --duration or --sessions")
+    result["events"] = sim.events
+    result["warnings"] = load.warnings()
+    if slo_ttft_s is not None:
+        cut = replace(config, until_s=slo_ttft_s + config.ready_after_s)
+        result["burst"]["largest_passing_burst"] = largest_passing_burst(
+            lambda first_turns: Simulation(cut, step_time).run(first_turns), load.first_turns
+        )
+    result["wall_s"] = perf_counter() - begun
+    return result
