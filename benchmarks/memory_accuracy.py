@@ -9,15 +9,15 @@ import argparse
 import csv
 import os
 import re
-import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from kit.catalog import GpuSpec, ModelSpec, gpu, model
-from kit.engine_config import EngineConfig
+from kit.engine_config import EngineConfig, version_tuple
 from kit.errors import UserError
 from kit.memory import MemoryPlan, plan
 from kit.units import GIB
@@ -94,7 +94,8 @@ def version_of(row: dict[str, str]) -> str | None:
     if "V0" in text:
         return None
     if match := re.search(r"(\d+\.\d+(?:\.\d+)?)", text):
-        return match[1]
+        is_v1 = row["engine"] == "sglang" or version_tuple(match[1]) >= (0, 8, 0)
+        return match[1] if is_v1 else None
     if "2026" in text:
         return "0.26.0"
     # collections of the summer and autumn of 2025 without a stated version
@@ -120,22 +121,22 @@ def card(row: dict[str, str]) -> GpuSpec | None:
     return spec
 
 
-def predicted_rows(path: Path) -> Iterator[Row]:
-    """Every usable row with its prediction; V0 engines, unknown models and cards are left out."""
+def predicted_rows(path: Path, left_out: list[str] | None = None) -> Iterator[Row]:
+    """Every usable row with its prediction; what is left out is appended with its reason."""
+    skipped = [] if left_out is None else left_out
     for row in csv.DictReader(path.open(encoding="utf-8")):
-        version = (
-            version_of(row)
-            if row["engine"] == "vllm"
-            else re.sub(r"[^\d.].*", "", row["engine_version"])
-        )
-        spec_gpu = card(row)
-        if not version or spec_gpu is None or row["engine"] not in ("vllm", "sglang"):
+        if row["engine"] not in ("vllm", "sglang"):
+            continue
+        version, spec_gpu = version_of(row), card(row)
+        if version is None or spec_gpu is None:
+            reason = "V0 engine" if version is None else f"{row['gpu']} is not in data/gpus.yaml"
+            skipped.append(f"{row['id']}: {reason}")
             continue
         try:
             spec = model(row["model"].split(" ")[0])
             yield from one_row(row, spec, spec_gpu, version)
         except UserError as error:
-            sys.stderr.write(f"{row['id']} left out: {error}\n")
+            skipped.append(f"{row['id']}: {str(error).split('; ')[0]}")
 
 
 def config_of(row: dict[str, str], version: str, spec: ModelSpec) -> EngineConfig:
@@ -162,6 +163,20 @@ def config_of(row: dict[str, str], version: str, spec: ModelSpec) -> EngineConfi
     )
 
 
+def check_blocks(result: MemoryPlan, tokens: float) -> None:
+    """Refuses a row whose token count no whole number of blocks prints under its own flags."""
+    if not result.printed_by_concurrency or result.layout.num_groups == 1:
+        return
+    length = result.config.max_model_len
+    per_sequence = result.layout.blocks_per_sequence(length, result.config.max_num_batched_tokens)
+    blocks = tokens / length * per_sequence
+    if abs(blocks - round(blocks)) > 0.01:
+        raise UserError(
+            f"contradicts its flags: {tokens:.0f} tokens would be {blocks:.2f} blocks "
+            f"(--kv-cache-dtype {result.config.kv_cache_dtype})"
+        )
+
+
 def one_row(row: dict[str, str], spec: ModelSpec, card_: GpuSpec, version: str) -> Iterator[Row]:
     """The row in bytes where the pool was logged in bytes, else in tokens."""
     result = plan(spec, card_, config_of(row, version, spec))
@@ -170,6 +185,7 @@ def one_row(row: dict[str, str], spec: ModelSpec, card_: GpuSpec, version: str) 
         measured, predicted = pool * GIB, result.kv_cache_bytes
         low, high = result.kv_cache_bytes_interval
     elif tokens:
+        check_blocks(result, tokens)
         measured, predicted = tokens, float(result.kv_cache_tokens())
         low, high = (float(result.kv_cache_tokens(x)) for x in result.kv_cache_bytes_interval)
     else:
@@ -183,33 +199,119 @@ def one_row(row: dict[str, str], spec: ModelSpec, card_: GpuSpec, version: str) 
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Summary:
+    """Errors of a set of rows, as fractions."""
+
+    rows: int
+    median: float
+    within_3: float
+    within_5: float
+    coverage: float
+
+
+def summary(rows: list[Row]) -> Summary:
+    """Median error, shares within 3 and 5 %, and the share inside the 90 % interval."""
+    errors = np.abs([row.error for row in rows])
+    inside = [row.low <= row.measured <= row.high for row in rows]
+    return Summary(
+        len(rows),
+        float(np.median(errors)),
+        float(np.mean(errors <= 0.03)),
+        float(np.mean(errors <= 0.05)),
+        float(np.mean(inside)),
+    )
+
+
+def table(rows: list[Row], heading: str, key: Callable[[Row], str]) -> list[str]:
+    """A Markdown table of the errors by that key, largest groups first."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    lines = [
+        f"| {heading} | rows | median error | within 3 % | within 5 % | in the 90 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        s = summary(group)
+        lines.append(
+            f"| {name} | {s.rows} | {100 * s.median:.2f} % | {100 * s.within_3:.0f} % "
+            f"| {100 * s.within_5:.0f} % | {100 * s.coverage:.0f} % |"
+        )
+    return [*lines, ""]
+
+
+def era(row: Row) -> str:
+    """The version era whose rule applies."""
+    if row.engine == "sglang":
+        return "SGLang"
+    version = version_tuple(row.era)
+    bounds = (((0, 17, 0), "0.8 to 0.16"), ((0, 21, 0), "0.17 to 0.20"))
+    return next((name for bound, name in bounds if version < bound), "0.21 to 0.33")
+
+
+# Why the worst rows are off, where something is known; a row without an entry has none.
+EXPLANATIONS = {
+    "KV064": "a failed start that logged the pool alone; 1.6 GiB more was held than the same era "
+    "and kernels hold for gpt-oss-20b, cause not known",
+    "KV020": "attention of Llama-4 FP8 builds stays in 16 bits (modelled); 1.8 GiB more was held, "
+    "cause not known; max_model_len and utilisation of the row are not stated",
+    "KV026": "a mixed build: attention and state projections in fp8, the rest in nvfp4, which its "
+    "name does not say (computed so, the weights match the log)",
+    "KV198": "context and other processes held 0.8 GB of the card before the engine started",
+    "KV016": "0.65 GiB more held than in sibling rows of the same collection, cause not known",
+}
+
+
+def worst(rows: list[Row]) -> list[str]:
+    """A Markdown table of the largest errors with what is known of their cause."""
+    lines = ["| row | engine | GPU | model | error | why |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda one: -abs(one.error))[:8]:
+        lines.append(
+            f"| {row.key} | {row.engine} {row.era} | {row.gpu} | {row.model} "
+            f"| {100 * row.error:+.1f} % | {EXPLANATIONS.get(row.key, 'not explained')} |"
+        )
+    return lines
+
+
+def document(rows: list[Row], left_out: list[str]) -> str:
+    """The memory part of docs/accuracy.md."""
+    engine_rows = [row for row in rows if row.engine == "vllm"]
+    others = [row for row in engine_rows if not row.cluster.startswith(CAMPAIGN)]
+    parts = table(engine_rows, "vLLM V1", lambda _: "all rows")
+    parts += table(others, "vLLM V1", lambda _: "outside the one large H100 campaign")
+    parts += table(rows, "engine and version era", era)
+    parts += table(rows, "GPU", lambda row: row.gpu)
+    parts += table(rows, "attention", lambda row: row.attention)
+    parts += ["The worst rows:", "", *worst(rows), "", "Left out:", ""]
+    parts += [f"- {text}" for text in left_out]
+    return "\n".join(parts) + "\n"
+
+
+def write(text: str) -> None:
+    """Replaces the memory part of docs/accuracy.md."""
+    path = ROOT / "docs" / "accuracy.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition("<!-- memory -->\n")
+    _, _, after = rest.partition("<!-- /memory -->")
+    path.write_text(f"{before}<!-- memory -->\n{text}<!-- /memory -->{after}", encoding="utf-8")
+
+
 def main() -> None:
-    """Prints the errors; --write renews docs/accuracy.md."""
-    parser = argparse.ArgumentParser()
+    """Prints the tables; --write renews docs/accuracy.md, --rows prints each row."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--csv", type=Path, default=LOGS)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     options = parser.parse_args()
-    rows = list(predicted_rows(options.csv))
-    for r in sorted(rows, key=lambda r: -abs(r.error)):
-        inside = "in " if r.low <= r.measured <= r.high else "OUT"
-        print(
-            f"{r.key} {100 * r.error:+7.2f}% {inside} ±{100 * (r.high - r.low) / 2 / r.predicted if r.predicted else 0:5.2f}% {r.engine} {r.era} {r.gpu} {r.model[:40]} {r.attention} meas {r.measured / GIB:.2f} pred {r.predicted / GIB:.2f} {r.cluster[:14]}"
-        )
-    v = [r for r in rows if r.engine == "vllm"]
-    for name, sel in (
-        ("vllm", v),
-        ("vllm not campaign", [r for r in v if not r.cluster.startswith(CAMPAIGN)]),
-        ("campaign", [r for r in v if r.cluster.startswith(CAMPAIGN)]),
-        ("sglang", [r for r in rows if r.engine != "vllm"]),
-    ):
-        e = np.abs([r.error for r in sel])
-        print(
-            name,
-            len(e),
-            "median %.3f%%" % (100 * np.median(e)),
-            "<3%%: %.0f%%" % (100 * np.mean(e < 0.03)),
-            "<5%%: %.0f%%" % (100 * np.mean(e < 0.05)),
-            "cover %.0f%%" % (100 * np.mean([r.low <= r.measured <= r.high for r in sel])),
-        )
+    left_out: list[str] = []
+    rows = list(predicted_rows(options.csv, left_out))
+    for row in sorted(rows, key=lambda one: -abs(one.error)) if options.rows else ():
+        inside = "inside" if row.low <= row.measured <= row.high else "OUTSIDE"
+        print(f"{row.key} {100 * row.error:+7.2f} % {inside:8}{row.engine} {row.era} {row.model}")
+    text = document(rows, left_out)
+    print(text)
+    if options.write:
+        write(text)
 
 
 if __name__ == "__main__":

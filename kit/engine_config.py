@@ -163,8 +163,8 @@ def check_parallel(model: ModelSpec, tensor: int, pipeline: int) -> None:
     if tensor not in sizes:
         raise UserError(
             f"--tensor-parallel-size {tensor} does not divide the {model.num_attention_heads} "
-            f"attention heads ({model.num_key_value_heads} KV heads) of {model.key}; sizes that can run: "
-            f"{', '.join(str(size) for size in sizes if size <= 16)}"
+            f"attention heads ({model.num_key_value_heads} KV heads) of {model.key}; "
+            f"sizes that can run: {', '.join(str(size) for size in sizes if size <= 16)}"
         )
     if pipeline > model.num_hidden_layers:
         raise UserError(

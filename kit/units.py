@@ -31,7 +31,7 @@ def format_seconds(duration_s: float) -> str:
     """Duration as text: ms below one second, minutes from two minutes on.
 
     >>> format_seconds(0.0421), format_seconds(3.5), format_seconds(208)
-    ('42 ms', '3.5 s', '3.5 min')
+    ('42.1 ms', '3.5 s', '3.47 min')
     """
     if duration_s < 1:
         return f"{duration_s * 1e3:.3g} ms"

@@ -1,6 +1,7 @@
 """The `kit` command: one module per subcommand, imported only when it is called."""
 
 import importlib
+import re
 import sys
 
 from kit.errors import UserError, unknown
@@ -47,8 +48,20 @@ def _call(name: str, arguments: list[str]) -> None:
     try:
         code = command.main(arguments, prog_name=f"kit {name}", standalone_mode=False)
     except TyperException as error:
-        raise UserError(error.format_message()) from None
+        raise UserError(_naming_the_value(error.format_message(), arguments)) from None
     except (KeyboardInterrupt, EOFError):
         sys.exit(130)
     if isinstance(code, int) and code:
         sys.exit(code)
+
+
+def _naming_the_value(message: str, arguments: list[str]) -> str:
+    """The message with the value that was given, which typer leaves out."""
+    match = re.search(r"Invalid value for '(--[\w-]+)'", message)
+    if not match:
+        return message
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == match[1] or option.startswith(match[1] + "="):
+            given = value if option == match[1] else option.partition("=")[2]
+            return f"{match[1]} {given!r}: {message.partition(': ')[2]}"
+    return message

@@ -1,7 +1,7 @@
 """vLLM V1's start-up memory rule, term by term, with a 90 % half width beside each.
 
 The engine runs one dummy batch of max_num_batched_tokens and one dummy sampler call of max_num_seqs
-rows, takes what was allocated at the peak, and gives the rest of utilisation x memory to the KV pool.
+rows, takes what was allocated at the peak, and gives the rest of utilisation x memory to the pool.
 The terms below are the tensors of that run; data/engines/vllm.yaml holds the constants by version.
 """
 
