@@ -24,7 +24,7 @@ RANKS = {
     3: ["memory", "steptime"],
     4: ["scheduler"],
     5: ["workload"],
-    6: ["simulator", "emulator"],
+    6: ["scenario", "simulator", "emulator"],
     7: ["loadgen"],
     8: ["engines"],
     9: ["tune"],
