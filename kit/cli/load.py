@@ -1,9 +1,8 @@
-"""`kit load`: measure an OpenAI-compatible server under a burst, a closed loop, a rate or sessions."""
+"""`kit load`: measure a server under a burst, a closed loop, a rate or agent sessions."""
 
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +13,6 @@ from kit.errors import UserError
 
 if TYPE_CHECKING:
     from kit.loadgen import Level
-    from kit.workload import Session
-
-Source = Callable[[int], "list[Session]"]
 
 
 def command(
@@ -26,7 +22,9 @@ def command(
     output_tokens: Annotated[int | None, typer.Option(help="answer tokens of each request")] = None,
     workload: Annotated[str | None, typer.Option(help="key of data/workloads, or a file")] = None,
     trace: Annotated[Path | None, typer.Option(help="trace file to replay")] = None,
-    trace_format: Annotated[str | None, typer.Option(help="azure, mooncake, weka, burstgpt")] = None,
+    trace_format: Annotated[
+        str | None, typer.Option(help="azure, mooncake, weka, burstgpt")
+    ] = None,
     burst: Annotated[str | None, typer.Option(help="N at once; 100,1000 for levels")] = None,
     concurrency: Annotated[
         str | None, typer.Option(help="N streams, each goes on when it ends; with a rate: a cap")
@@ -53,27 +51,20 @@ def command(
 ) -> None:
     """Load-test a server and say whether this client's numbers can be believed."""
     asked = {name: value for name, value in locals().items() if name not in ("out", "as_json")}
-    asked["trace"] = str(trace) if trace else None
+    asked["trace"] = trace and str(trace)
     _check(asked)
-    from kit.loadgen import Target, run_levels
+    from kit.loadgen import Options, Target, measure
     from kit.loadgen.equivalents import equivalents
-    from kit.loadgen.probe import calibrate
-    from kit.loadgen.run import Options, Slo
 
-    key = _key(api_key_env)
     target = Target(base_url, model, endpoint, api_key_env, timeout_s, cold_connects)
-    levels = _levels(asked, _source(asked))
-    salt = int.from_bytes(os.urandom(8))
-    target, prompts, warnings = calibrate(target, salt, key)
-    options = Options(Slo(slo_ttft_s, slo_tpot_s), workers, metrics_url)
-    summaries = run_levels(target, levels, prompts, options, out, asked)
-    for level, summary in zip(levels, summaries, strict=True):
-        summary["warnings"] = [*warnings, *summary["warnings"]]
-        if input_tokens and output_tokens:
+    levels = _levels(asked)
+    options = Options(slo_ttft_s, slo_tpot_s, workers, metrics_url)
+    summaries = measure(target, levels, options, out, asked)
+    if input_tokens and output_tokens:
+        for level, summary in zip(levels, summaries, strict=True):
             same = equivalents(target, level, input_tokens, output_tokens, burstiness)
             summary["equivalents"] = same
-    result = summaries[0] if len(summaries) == 1 else _joined(summaries)
-    _tell(result, summaries, as_json)
+    _tell(summaries, as_json)
 
 
 def _check(asked: dict[str, Any]) -> None:
@@ -96,26 +87,11 @@ def _check(asked: dict[str, Any]) -> None:
     rate, burst = asked["request_rate"], asked["burst"]
     if burst is not None and (rate is not None or asked["concurrency"] is not None):
         raise UserError("--burst excludes --concurrency and --request-rate")
-
-
-def _key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise UserError(f"--api-key-env {name}: no such environment variable, or it is empty")
-    if not key.isprintable() or not key.isascii():
+    name = asked["api_key_env"]
+    if name is not None and not os.environ.get(name, "").strip().isprintable():
         raise UserError(f"--api-key-env {name}: its value is not a key")
-    return key
-
-
-def _source(asked: dict[str, Any]) -> Source | None:
-    """Where sessions come from when the arrival process decides their times; None: own times."""
-    from kit.loadgen.plan import fixed_sessions
-
-    if asked["input_tokens"] is not None:
-        return fixed_sessions(asked["input_tokens"], asked["output_tokens"])
-    return None
+    if name is not None and not os.environ.get(name):
+        raise UserError(f"--api-key-env {name}: no such environment variable, or it is empty")
 
 
 def _values(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
@@ -125,42 +101,64 @@ def _values(option: str, text: str, kind: type[int] | type[float]) -> list[float
         if min(values) <= 0 or max(values) == float("inf"):
             raise ValueError
     except ValueError:
-        raise UserError(f"{option} {text!r}: want a number above 0, or several with commas") from None
+        raise UserError(
+            f"{option} {text!r}: want a number above 0, or several with commas"
+        ) from None
     return [float(value) for value in values]
 
 
-def _levels(asked: dict[str, Any], source: Source | None) -> "list[Level]":
-    from kit.loadgen.plan import level
+def _levels(asked: dict[str, Any]) -> "list[Level]":
+    """The levels to measure, from the arrival option given or from the sessions' own times."""
+    from kit.loadgen import plan
 
-    assert source is not None
-    common = {"requests": asked["requests"], "duration_s": asked["duration"], "seed": asked["seed"]}
-    if asked["burst"] is not None:
-        sizes = _values("--burst", asked["burst"], int)
-        return [level("burst", value, source, **common) for value in sizes]
+    requests, duration = asked["requests"], asked["duration"]
+    rate, burst = asked["request_rate"], asked["burst"]
     slots = asked["concurrency"] and _values("--concurrency", asked["concurrency"], int)
-    if asked["request_rate"] is None:
-        if not slots:
-            raise UserError("give one of --burst, --concurrency, --request-rate")
-        return [level("concurrency", value, source, **common) for value in slots]
-    if slots and len(slots) > 1:
+    if not (rate or burst or slots):
+        return [_own_times(asked)]
+    if rate and slots and len(slots) > 1:
         raise UserError("--concurrency as a cap of --request-rate takes one number")
-    cap = int(slots[0]) if slots else None
-    rates = _values("--request-rate", asked["request_rate"], float)
-    more = {"burstiness": asked["burstiness"], "max_concurrency": cap}
-    return [level("request_rate", value, source, **common, **more) for value in rates]
+    if asked["workload"]:
+        source = plan.workload_sessions(asked["workload"], asked["seed"])
+    elif asked["trace"]:
+        source = plan.trace_sessions(asked["trace"], asked["trace_format"])
+    else:
+        source = plan.fixed_sessions(asked["input_tokens"], asked["output_tokens"])
+    more: dict[str, Any] = {"requests": requests, "duration_s": duration, "seed": asked["seed"]}
+    kind, values = "concurrency", slots or []
+    if burst:
+        kind, values = "burst", _values("--burst", burst, int)
+    elif rate:
+        kind, values = "request_rate", _values("--request-rate", rate, float)
+        more |= {"burstiness": asked["burstiness"]}
+        more |= {"max_concurrency": int(slots[0]) if slots else None}
+    return [plan.level(kind, value, source, **more) for value in values]
 
 
-def _joined(summaries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several levels as one object, with the largest burst that was wholly absorbed."""
-    passing = [s["sent"] for s in summaries if s["slo_met"] and s["level"].startswith("burst")]
-    return {"levels": summaries, "largest_passing_burst": max(passing, default=None)}
+def _own_times(asked: dict[str, Any]) -> "Level":
+    """A workload or trace at its own arrival times."""
+    from kit import traces, workload
+    from kit.loadgen import plan
+
+    requests, duration = asked["requests"], asked["duration"]
+    if asked["workload"]:
+        drawn = workload.load(asked["workload"])
+        arrivals = workload.generate(drawn, asked["seed"], sessions=requests, duration_s=duration)
+        return plan.own_arrivals(arrivals, requests, duration)
+    if asked["trace"]:
+        trace = traces.read(asked["trace"], asked["trace_format"])
+        if trace.shared_clock:
+            return plan.own_arrivals(trace.sessions(), requests, duration)
+    raise UserError("give one of --burst, --concurrency, --request-rate")
 
 
-def _tell(result: dict[str, Any], summaries: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
+def _tell(summaries: list[dict[str, Any]], as_json: bool) -> None:
+    """One summary, or several as `levels` with the largest burst that met the limits."""
     from kit.loadgen.report import text
 
     for summary in summaries:
-        stream = sys.stderr if as_json else sys.stdout
-        stream.write(text(summary))
+        (sys.stderr if as_json else sys.stdout).write(text(summary))
+    if as_json:
+        passing = [s["sent"] for s in summaries if s["slo_met"] and s["level"].startswith("burst")]
+        several = {"levels": summaries, "largest_passing_burst": max(passing, default=None)}
+        sys.stdout.write(json.dumps(summaries[0] if len(summaries) == 1 else several) + "\n")

@@ -4,7 +4,7 @@ plan (what is sent when) -> run (parent: probe, workers, verdict) -> worker (pro
 (schedule) -> connection (bytes with kernel arrival times) -> recorder (parses later, writes).
 """
 
-from kit.loadgen.plan import Level, Target
-from kit.loadgen.run import run_level, run_levels
+from kit.loadgen.plan import Level, Target, fixed_sessions, level
+from kit.loadgen.run import Options, measure
 
-__all__ = ["Level", "Target", "run_level", "run_levels"]
+__all__ = ["Level", "Options", "Target", "fixed_sessions", "level", "measure"]

@@ -2,8 +2,8 @@
 
 import asyncio
 import errno
-import heapq
 from array import array
+from bisect import insort
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import replace
@@ -11,12 +11,18 @@ from itertools import count
 from time import monotonic
 
 from kit.loadgen.connection import Call, Connection, Connector, wall_offset
-from kit.loadgen.plan import SPARE_CONNECTIONS, Level, Target
+from kit.loadgen.plan import LAP_KEYS, OPEN_LOOPS, SPARE_CONNECTIONS, Level, Target
 from kit.loadgen.prompts import Conversation, PromptModel, request_bytes
 from kit.loadgen.recorder import Recorder
 from kit.workload import Session
 
-SENDS_PER_ROUND = 16  # then the loop reads what has arrived: sends never starve reads
+# Requests that fall due together are sent at this pace: a server on the same machine, which has to
+# take each in, keeps up, and 10,000 are still out within 0.15 s. At most so many per round, then
+# the loop reads what has arrived: sends never starve reads.
+SEND_GAP_S = 13e-6
+SENDS_PER_ROUND = 128
+CATCH_UP_S = 0.01  # a pace that fell behind catches up by this much
+LOOP_GRAIN_S = 0.001
 PROBE_PERIOD_S = 0.01
 PREBUILT_BYTES = 256 << 20  # requests made before the clock starts; later ones as they fall due
 CONNECTS_AT_ONCE = 256  # well under the usual listen backlog
@@ -26,15 +32,10 @@ class Driver:
     """Sends every request of a level at its time and hands each finished one to the recorder."""
 
     def __init__(
-        self,
-        target: Target,
-        level: Level,
-        prompts: PromptModel,
-        recorder: Recorder,
-        api_key: str | None,
+        self, target: Target, level: Level, prompts: PromptModel, recorder: Recorder
     ) -> None:
         self.target, self.level, self.prompts = target, level, prompts
-        self.recorder, self.api_key = recorder, api_key
+        self.recorder = recorder
         self.loop = asyncio.get_running_loop()
         self.connector = Connector(target, self, self.loop)
         self.wall_offset = wall_offset()
@@ -42,7 +43,8 @@ class Driver:
         self.idle: deque[Connection] = deque()
         self.in_flight: dict[Call, Connection | None] = {}
         self.waiting: deque[Call] = deque()
-        self.due: list[tuple[float, int, Call]] = []
+        self.due: list[tuple[float, int, Call]] = []  # (-time, -ticket, call), the next one last
+        self.paced = 0.0
         self.ticket = count()
         self.sent = self.unsent_turns = self.opening = self.open_sessions = 0
         self.tasks: set[asyncio.Task[None]] = set()
@@ -59,7 +61,7 @@ class Driver:
             return
         for lap in count():
             for session in self.level.sessions:
-                yield replace(session, key=session.key + lap * 10_000_000, arrival_s=0.0)
+                yield replace(session, key=session.key + lap * LAP_KEYS, arrival_s=0.0)
             if not self.level.repeat:
                 return
 
@@ -79,7 +81,7 @@ class Driver:
     def _build(self, call: Call) -> int:
         call.conversation.ask()
         messages = call.conversation.messages
-        call.data = request_bytes(self.target, messages, call.asked.output_len, self.api_key)
+        call.data = request_bytes(self.target, messages, call.asked.output_len)
         return len(call.data)
 
     async def _spare(self, gate: asyncio.Semaphore) -> None:
@@ -93,32 +95,41 @@ class Driver:
         """Begin the schedule at monotonic time t0."""
         if self.level.duration_s is not None and self.level.slots is not None:
             self.stop_at = t0 + self.level.duration_s
+        self.open_sessions = len(self.first)
         for call in self.first:
-            self.open_sessions += 1
-            self._at(call, t0 + call.scheduled)
+            call.scheduled = call.due = t0 + call.scheduled
+            self.due.append((-call.due, -next(self.ticket), call))
+        self.due.sort()
+        self._sleep(-self.due[-1][0] - monotonic())
         self.loop.call_later(PROBE_PERIOD_S, self._probe, monotonic() + PROBE_PERIOD_S)
 
     def _at(self, call: Call, when: float) -> None:
         call.scheduled = call.due = when
-        heapq.heappush(self.due, (when, next(self.ticket), call))
-        if self.due[0][2] is call:
-            self._sleep()
+        insort(self.due, (-when, -next(self.ticket), call))
+        if self.due[-1][2] is call:
+            self._sleep(when - monotonic())
 
-    def _sleep(self) -> None:
-        """Wake at the next due time; loop timers may fire a millisecond early, so pump looks."""
+    def _sleep(self, seconds: float) -> None:
+        """Look again then; loop timers may fire a millisecond early."""
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = self.loop.call_later(max(0.0, self.due[0][0] - monotonic()), self._pump)
+        self.timer = self.loop.call_later(max(0.0, seconds), self._pump)
 
     def _pump(self) -> None:
-        """Send what is due, a few requests per round, then sleep until the next."""
+        """Send what is due at the pace allowed, then sleep until the next."""
         self.timer = None
-        for _ in range(SENDS_PER_ROUND):
-            if not self.due or self.due[0][0] > monotonic():
-                break
-            self._launch(heapq.heappop(self.due)[2])
+        now = monotonic()
+        self.paced = max(self.paced, now - CATCH_UP_S)
+        allowed = min(SENDS_PER_ROUND, int((now - self.paced) / SEND_GAP_S))
+        while self.due and self.due[-1][0] >= -now:
+            if not allowed:
+                self._sleep(LOOP_GRAIN_S if now - self.paced < LOOP_GRAIN_S else 0)
+                return
+            allowed -= 1
+            self.paced += SEND_GAP_S
+            self._launch(self.due.pop()[2])
         if self.due and self.timer is None:
-            self._sleep()
+            self._sleep(-self.due[-1][0] - now)
 
     def _launch(self, call: Call) -> None:
         cap = self.level.max_concurrency
@@ -129,7 +140,7 @@ class Driver:
             self._build(call)
         if self.idle and not self.target.cold_connects:
             self._send(self.idle.popleft(), call)
-            if self.level.kind == "request_rate" and len(self.idle) < SPARE_CONNECTIONS:
+            if self.level.kind in OPEN_LOOPS and len(self.idle) < SPARE_CONNECTIONS:
                 self._open_spare()
         else:
             self._send_on_new(call)

@@ -1,21 +1,26 @@
 """What is sent when: target, arrival process, sessions, and how they are dealt to workers."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from kit.errors import UserError
-from kit.workload import Session, Turn
+from kit.traces import read
+from kit.workload import Session, Turn, generate, load
 
 # Past this a single event loop (about 6 us per read) has no room left for 50 ms tokens.
 STREAMS_PER_WORKER = 10_000
 PREOPENED_FOR_RATE_S = 2.0  # a rate starts with connections for this many seconds of arrivals
 DEFAULT_RATE_DURATION_S = 60.0
 SPARE_CONNECTIONS = 8
+OPEN_LOOPS = ("request_rate", "sessions")  # arrivals that do not wait for answers
+LAP_KEYS = 10_000_000  # keys of a list of sessions that is begun again: texts of their own
+
+Source = Callable[[int], list[Session]]
 
 
 @dataclass(frozen=True)
@@ -111,15 +116,45 @@ def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
             yield now
 
 
-def fixed_sessions(input_len: int, output_len: int) -> Callable[[int], list[Session]]:
+def fixed_sessions(input_len: int, output_len: int) -> Source:
     """A source of n one-turn sessions of these lengths."""
     return lambda n: [Session(key, 0.0, [Turn(input_len, output_len)]) for key in range(n)]
+
+
+def workload_sessions(name: str, seed: int) -> Source:
+    """A source of n sessions of a workload, with its own arrival times."""
+    workload = load(name)
+    return lambda n: list(generate(workload, seed, sessions=n))
+
+
+def trace_sessions(path: str, trace_format: str) -> Source:
+    """A source of n sessions of a trace, begun again under new keys where it has fewer."""
+    sessions = list(read(path, trace_format).sessions())
+    if not sessions:
+        raise UserError(f"{path}: no session in it")
+
+    def take(n: int) -> list[Session]:
+        laps = (replace(s, key=s.key + lap * LAP_KEYS) for lap in count() for s in sessions)
+        return list(islice(laps, n))
+
+    return take
+
+
+def own_arrivals(sessions: Iterable[Session], limit: int | None, duration_s: float | None) -> Level:
+    """Sessions at the times that they bring along, the first at 0."""
+    chosen = list(islice(sorted(sessions, key=lambda session: session.arrival_s), limit))
+    first = chosen[0].arrival_s if chosen else 0.0
+    shifted = [replace(session, arrival_s=session.arrival_s - first) for session in chosen]
+    kept = [s for s in shifted if duration_s is None or s.arrival_s < duration_s]
+    if not kept:
+        raise UserError("no session arrives: want --requests or --duration above 0")
+    return Level("sessions", kept, "sessions")
 
 
 def level(
     kind: str,
     value: float,
-    source: Callable[[int], list[Session]],
+    source: Source,
     *,
     requests: int | None = None,
     duration_s: float | None = None,
@@ -130,7 +165,8 @@ def level(
     """A burst of `value`, a closed loop of `value` slots, or `value` arrivals per second."""
     name = f"{kind}-{value:g}"
     if kind == "burst":
-        return Level(name, source(int(value)), kind, value)
+        sessions = [replace(session, arrival_s=0.0) for session in source(int(value))]
+        return Level(name, sessions, kind, value)
     if kind == "concurrency":
         slots = int(value)
         repeat = requests is None and duration_s is not None

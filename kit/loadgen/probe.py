@@ -17,9 +17,7 @@ TOKENS_PER_WORD = (0.5, 4.0)
 OVERHEAD_TOKENS = (-2.0, 1000.0)
 
 
-def calibrate(
-    target: Target, salt: int, api_key: str | None
-) -> tuple[Target, PromptModel, list[str]]:
+def calibrate(target: Target, salt: int) -> tuple[Target, PromptModel, list[str]]:
     """Two one-token requests: prompt tokens = overhead + tokens_per_word * words.
 
     Also finds a server that refuses ignore_eos. Raises UserError where nothing listens, or where
@@ -28,10 +26,10 @@ def calibrate(
     plain = PromptModel(salt)
     counts = []
     for words in PROBE_WORDS:
-        answer = _ask(target, plain, words, api_key)
+        answer = _ask(target, plain, words)
         if answer.status in (400, 422) and target.engine_fields:
             target = replace(target, engine_fields=False)
-            answer = _ask(target, plain, words, api_key)
+            answer = _ask(target, plain, words)
         if answer.status in (400, 401, 403, 404, 405, 422):
             detail = f": {answer.detail}" if answer.detail else ""
             raise UserError(
@@ -66,11 +64,11 @@ def _fit(
     return replace(plain, tokens_per_word=per_word, overhead_tokens=overhead), warnings
 
 
-def _ask(target: Target, prompts: PromptModel, words: int, api_key: str | None) -> StreamParser:
+def _ask(target: Target, prompts: PromptModel, words: int) -> StreamParser:
     """One blocking request for one token."""
     parser = StreamParser()
     messages = [("user", prompts.text(f"probe {words}", words))]
-    data = request_bytes(target, messages, 1, api_key)
+    data = request_bytes(target, messages, 1)
     until = monotonic() + min(PROBE_TIMEOUT_S, target.timeout_s)
     try:
         sock = socket.create_connection(target.address, timeout=PROBE_TIMEOUT_S)

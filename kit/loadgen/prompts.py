@@ -5,6 +5,7 @@ label of words drawn from the run's salt: no run finds the prefix cache of an ea
 """
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -14,22 +15,24 @@ from kit.loadgen.plan import Target
 from kit.workload import Session
 
 # Short common words: one token each, with their leading space, in the usual vocabularies.
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work government "
-    "number night point home water room mother area money story fact month lot right study book "
-    "eye job word business issue side kind head house service friend father power hour game line "
-    "end member law car city community name president team minute idea body information back "
-    "parent face level office door health person art war history party result change morning "
-    "reason research girl guy moment air teacher force education"
-).split()
+WORDS = tuple(
+    """
+time year people way day man thing woman life child world school state family student group
+country problem hand part place case week company system program question work government
+number night point home water room mother area money story fact month lot right study book
+eye job word business issue side kind head house service friend father power hour game line
+end member law car city community name president team minute idea body information back
+parent face level office door health person art war history party result change morning
+reason research girl guy moment air teacher force education
+""".split()  # noqa: SIM905
+)
 POOL_WORDS = 1 << 16
 LABEL_WORDS = 8  # 112 words to the 8th power: labels of one run and of two runs do not meet
 
 
 @dataclass(frozen=True)
 class PromptModel:
-    """How many words give how many prompt tokens here: tokens = overhead + tokens_per_word * words."""
+    """What prompt words cost here: tokens = overhead + tokens_per_word * words."""
 
     salt: int
     tokens_per_word: float = 1.0
@@ -81,7 +84,7 @@ class Conversation:
         self.turn = self.children_left = 0
         self.over = False
         self.input_lens = session.input_lens()
-        self.key = f"{parent.key}.{session.key}" if parent else str(session.key)
+        self.key: str = f"{parent.key}.{session.key}" if parent else str(session.key)
         self.prefix: list[tuple[str, bytes]] = []
         if session.shared_prefix_tokens:
             text = prompts.text(f"prefix {session.prefix_id}", session.shared_prefix_tokens)
@@ -98,9 +101,16 @@ class Conversation:
         if turn.compact_to is not None:
             summary = self.prompts.text(f"{self.key} summary {self.turn}", turn.compact_to)
             self.messages = [*self.prefix, ("user", summary)]
-        overhead = self.prompts.overhead_tokens if self.turn == 0 else 0.0
-        text = self.prompts.text(f"{self.key} turn {self.turn}", turn.new_tokens - overhead)
-        self.messages.append(("user", text))
+        tokens, parts = float(turn.new_tokens), []
+        if self.turn == 0:
+            tokens -= self.prompts.overhead_tokens
+            done = 0
+            for extent, end in self.session.path:  # text that other sessions of a trace share
+                parts.append(self.prompts.text(f"extent {extent}", end - done))
+                tokens, done = tokens - (end - done), end
+        if tokens > 0 or not parts:
+            parts.append(self.prompts.text(f"{self.key} turn {self.turn}", tokens))
+        self.messages.append(("user", b" ".join(parts)))
 
     def answered(self, text: str) -> None:
         """Add the server's answer, and move to the next turn."""
@@ -108,9 +118,7 @@ class Conversation:
         self.turn += 1
 
 
-def request_bytes(
-    target: Target, messages: list[tuple[str, bytes]], output_len: int, api_key: str | None
-) -> bytes:
+def request_bytes(target: Target, messages: list[tuple[str, bytes]], output_len: int) -> bytes:
     """The whole HTTP request, head and JSON body, ready to be sent."""
     fields: dict[str, object] = {"model": target.model, "max_tokens": output_len}
     if target.engine_fields:
@@ -122,14 +130,14 @@ def request_bytes(
     else:
         prompt = b'"prompt":"' + b" ".join(text for _, text in messages) + b'"'
     body = json.dumps(fields)[:-1].encode() + b", " + prompt + b"}"
-    return _head(target, api_key) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    return _head(target) + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 @cache
-def _head(target: Target, api_key: str | None) -> bytes:
+def _head(target: Target) -> bytes:
     host, port = target.address
     lines = [f"POST {target.path} HTTP/1.1", f"Host: {host}:{port}", "Accept: text/event-stream"]
     lines.append("Content-Type: application/json")
-    if api_key:
-        lines.append(f"Authorization: Bearer {api_key}")
+    if target.api_key_env:
+        lines.append(f"Authorization: Bearer {os.environ[target.api_key_env]}")
     return "".join(line + "\r\n" for line in lines).encode()

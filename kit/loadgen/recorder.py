@@ -1,4 +1,4 @@
-"""Finished calls: parsed in small slices between reads, appended to requests.jsonl, kept as columns."""
+"""Finished calls: parsed in slices between reads, appended to requests.jsonl, kept as columns."""
 
 import asyncio
 import json

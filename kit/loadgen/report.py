@@ -24,7 +24,9 @@ def text(summary: dict[str, Any]) -> str:
         believed = "" if summary["verdict"] == "VALID" else ", not valid: the client was the limit"
         lines.append(f"  attainment {share}{believed}")
     lines += [f"  warning: {warning}" for warning in summary["warnings"]]
-    lines += [f"  same with {tool}: {line}" for tool, line in summary.get("equivalents", {}).items()]
+    lines += [
+        f"  same with {tool}: {line}" for tool, line in summary.get("equivalents", {}).items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from kit.errors import UserError
 from kit.loadgen.plan import STREAMS_PER_WORKER, Level, Target
+from kit.loadgen.probe import calibrate
 from kit.loadgen.prompts import PromptModel
-from kit.loadgen.summary import Slo, summarize_level
+from kit.loadgen.summary import summarize_level
 from kit.loadgen.watch import ServerWatch
 from kit.loadgen.worker import Job, read_frame, send_frame
 
@@ -25,28 +26,39 @@ START_DELAY_S = 0.1  # from "go" to the first scheduled time
 POLL_S = 1.0
 
 
+def _tell(line: str) -> None:
+    sys.stderr.write(line)
+
+
 @dataclass(frozen=True)
 class Options:
     """How a run is measured, apart from what is sent."""
 
-    slo: Slo = Slo()
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
     workers: int | None = None
     metrics_url: str | None = None
-    log: Callable[[str], None] = sys.stderr.write
+    log: Callable[[str], None] = _tell
 
 
-def run_levels(
+def measure(
     target: Target,
     levels: list[Level],
-    prompts: PromptModel,
     options: Options,
-    out: Path | None,
-    config: dict[str, Any],
+    out: Path | None = None,
+    config: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Summaries of the levels, in order; with `out`, a level that has its summary is not run again."""
+    """Summaries of the levels, in order, each with all keys of `kit load --json`.
+
+    With `out`, records and summaries are kept there and a level that has its summary is not run
+    again. Raises UserError where nothing listens, the request is refused as such, `out` holds a
+    run with another `config`, or the descriptors do not suffice.
+    """
+    for level in levels:
+        _raise_descriptors(level, options)
     if out is not None:
-        _claim(out, config)
-    summaries = []
+        _claim(out, config or {})
+    summaries, ready = [], None
     for level in levels:
         folder = out if out is None or len(levels) == 1 else out / level.name
         done = folder / "summary.json" if folder else None
@@ -54,8 +66,10 @@ def run_levels(
             options.log(f"{level.name}: already measured, taken from {done}\n")
             summaries.append(json.loads(done.read_text(encoding="utf-8")))
             continue
+        ready = ready or calibrate(target, int.from_bytes(os.urandom(8)))
         path = _fresh_records(folder) if folder else None
-        summary = run_level(target, level, prompts, options, path)
+        summary = _run_level(ready[0], level, ready[1], options, path)
+        summary["warnings"] = [*ready[2], *summary["warnings"]]
         if done is not None:
             _write_json(done, summary)
         summaries.append(summary)
@@ -90,18 +104,10 @@ def _fresh_records(folder: Path) -> Path:
     return path
 
 
-def run_level(
-    target: Target,
-    level: Level,
-    prompts: PromptModel,
-    options: Options,
-    path: Path | None = None,
+def _run_level(
+    target: Target, level: Level, prompts: PromptModel, options: Options, path: Path | None
 ) -> dict[str, Any]:
-    """One level measured: the summary with all keys of `kit load --json`."""
-    streams = level.streams()
-    workers = options.workers or _default_workers(streams)
-    workers = max(1, min(workers, streams))
-    _raise_descriptors(ceil(streams / workers) + DESCRIPTORS_BESIDE)
+    workers = _workers(level, options)
     watch = ServerWatch(options.metrics_url or _metrics_url(target))
     crew = [
         _Worker(Job(target, share, prompts, str(path) if path else None))
@@ -119,20 +125,25 @@ def run_level(
     watch.poll()
     results = [worker.result for worker in crew]
     lost = sum(len(worker.job.level.sessions) for worker in crew if worker.result is None)
-    return summarize_level(level, results, connects, lost, watch, options.slo)
+    limits = options.slo_ttft_s, options.slo_tpot_s
+    return summarize_level(level, results, connects, lost, watch, limits)
 
 
-def _default_workers(streams: int) -> int:
+def _workers(level: Level, options: Options) -> int:
+    """Processes for a level; one core is left to others, and no worker is without a stream."""
+    streams = level.streams()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(max(1, (cores or 1) - 1), ceil(streams / STREAMS_PER_WORKER))
+    enough = min(max(1, (cores or 1) - 1), ceil(streams / STREAMS_PER_WORKER))
+    return max(1, min(options.workers or enough, streams))
 
 
 def _metrics_url(target: Target) -> str:
     return target.base_url.rstrip("/").removesuffix("/v1") + "/metrics"
 
 
-def _raise_descriptors(need: int) -> None:
-    """Raise the soft limit of open files to the hard one, which must be at least `need`."""
+def _raise_descriptors(level: Level, options: Options) -> None:
+    """Raise the soft limit of open files to the hard one, which must suffice for the level."""
+    need = ceil(level.streams() / _workers(level, options)) + DESCRIPTORS_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and need > hard:
         raise UserError(
@@ -159,8 +170,8 @@ class _Worker:
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
-        assert self.process.stdin and self.process.stdout
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.stdin = cast(BinaryIO, self.process.stdin)
+        self.stdout = cast(BinaryIO, self.process.stdout)
         self.send(job)
 
     def send(self, message: Any) -> None:

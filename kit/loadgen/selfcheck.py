@@ -75,7 +75,8 @@ def _loop(requests: Requests, itl_p50_s: float | None, own: OwnLag) -> list[str]
 def _sending(level: Level, requests: Requests, own: OwnLag, slo_ttft_s: float | None) -> list[str]:
     reasons = []
     lag = p99(own.send_lags)
-    limit = SEND_LAG_FLOOR_S
+    ttft = requests.ttft_s()[requests.ok]
+    limit = max(SEND_LAG_FLOOR_S, LAG_FRACTION * float(np.median(ttft)) if len(ttft) else 0.0)
     if level.kind in ("burst", "concurrency"):
         limit = max(limit, BURST_SEND_S * (level.slots or len(level.sessions)))
     if lag > limit:

@@ -52,7 +52,7 @@ class StreamParser:
             self._fail("garbage", str(error))
 
     def close(self) -> None:
-        """The connection ended: completes a body that is delimited by the close, else it was cut."""
+        """The connection ended, which completes a body that has no other end."""
         if not self.complete and self._head_done and not self._framed:
             self.on_message_complete()
 
@@ -118,10 +118,10 @@ class StreamParser:
             prefix, suffix, answers = self._template
             middle = event[len(prefix) : -len(suffix)]
             # Same JSON but for a string without quotes: a token chunk like the one before.
-            if middle and event.startswith(prefix) and event.endswith(suffix):
-                if b'"' not in middle and b"\\" not in middle:
-                    self._token(0, answers, middle.decode(errors="replace") if answers else "")
-                    return
+            alike = middle and event.startswith(prefix) and event.endswith(suffix)
+            if alike and b'"' not in middle and b"\\" not in middle:
+                self._token(0, answers, middle.decode(errors="replace") if answers else "")
+                return
         if event == DONE:
             self.done = True
             return

@@ -2,12 +2,11 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kit.loadgen.plan import Level
+from kit.loadgen.plan import OPEN_LOOPS, Level
 from kit.loadgen.recorder import FLOATS
 from kit.loadgen.selfcheck import OwnLag, p99, verdict
 from kit.loadgen.watch import ServerWatch
@@ -27,15 +26,7 @@ CLIENT_FAILURES = ("client_descriptors", "worker_died")
 LENGTH_TOLERANCE = 0.05  # mean prompt length against the asked one
 
 
-@dataclass(frozen=True)
-class Slo:
-    """Limits that a request must meet, in s; None where not limited."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-
-    def given(self) -> bool:
-        return self.ttft_s is not None or self.tpot_s is not None
+Limits = tuple[float | None, float | None]  # TTFT and TPOT, in s; None where not limited
 
 
 def summarize_level(
@@ -44,7 +35,7 @@ def summarize_level(
     connects: list[list[float]],
     lost: int,
     watch: ServerWatch,
-    slo: Slo,
+    limits: Limits,
 ) -> dict[str, Any]:
     """All keys of `kit load --json` for one level, from what the workers gave back."""
     given = [result for result in results if result is not None]
@@ -61,13 +52,13 @@ def summarize_level(
         [result["cpu_s"] / max(result["wall_s"], 1e-9) for result in given],
         sum(failures[name] for name in CLIENT_FAILURES),
     )
-    called, against = verdict(level, requests, itl["p50"], own, slo.ttft_s, server)
-    summary = {"verdict": called, "verdict_reasons": against, "level": level.name}
-    summary |= _counts(requests, failures, level)
+    called, against = verdict(level, requests, itl["p50"], own, limits[0], server)
+    summary: dict[str, Any] = {"verdict": called, "verdict_reasons": against, "level": level.name}
+    summary |= _counts(requests, failures)
     summary |= _lags(own) | _latencies(requests, columns, itl, connects)
-    summary |= _throughput(requests, level) | _attainment(requests, slo, called)
+    summary |= _throughput(requests, level) | _attainment(requests, limits, called)
     refused = np.array([reason in REFUSALS for reason in reasons], dtype=bool)
-    summary["burst"] = burst_absorption(requests, slo.ttft_s, refused)
+    summary["burst"] = burst_absorption(requests, limits[0], refused)
     if called != "VALID":
         summary["burst"]["largest_passing_burst"] = None
     gpu = watch.gpus.result() if watch.gpus else None
@@ -96,8 +87,8 @@ def _columns(
 def _requests(columns: dict[str, Floats], reasons: list[str | None]) -> Requests:
     names = ("scheduled_s", "sent_s", "first_token_s", "last_token_s", "end_s", "output_tokens")
     ok = np.array([reason is None for reason in reasons], dtype=bool)
-    first_chunk = columns["first_chunk_tokens"]
-    return Requests(*(columns[name] for name in names), ok, first_chunk)
+    kept = {name: columns[name] for name in (*names, "first_chunk_tokens")}
+    return Requests(**kept, ok=ok)
 
 
 def _joined(results: list[dict[str, Any]], name: str) -> Floats:
@@ -108,7 +99,7 @@ def _known(values: Floats) -> Floats:
     return values[np.isfinite(values)]
 
 
-def _counts(requests: Requests, failures: Counter[str], level: Level) -> dict[str, Any]:
+def _counts(requests: Requests, failures: Counter[str]) -> dict[str, Any]:
     return {
         "sent": int(np.isfinite(requests.sent_s).sum()),
         "completed": int(requests.ok.sum()),
@@ -159,7 +150,7 @@ def _throughput(requests: Requests, level: Level) -> dict[str, Any]:
     duration = _duration(requests)
     tokens = float(np.nansum(requests.output_tokens[requests.ok]))
     offered = None
-    if level.kind in ("request_rate", "sessions") and len(requests.scheduled_s) > 1:
+    if level.kind in OPEN_LOOPS and len(requests.scheduled_s) > 1:
         span = np.ptp(requests.scheduled_s)
         offered = float((len(requests.scheduled_s) - 1) / span) if span > 0 else None
     return {
@@ -170,12 +161,12 @@ def _throughput(requests: Requests, level: Level) -> dict[str, Any]:
     }
 
 
-def _attainment(requests: Requests, slo: Slo, called: str) -> dict[str, Any]:
+def _attainment(requests: Requests, limits: Limits, called: str) -> dict[str, Any]:
     """Goodput and attainment; a run that the client bound shows neither as passed."""
     names = ("goodput_requests_per_s", "slo_attainment_fraction", "slo_attainment_interval")
-    if not slo.given() or not len(requests.ok):
+    if limits == (None, None) or not len(requests.ok):
         return dict.fromkeys((*names, "slo_met"))
-    good = int(meets_slo(requests, slo.ttft_s, slo.tpot_s).sum())
+    good = int(meets_slo(requests, *limits).sum())
     duration = _duration(requests)
     interval = wilson_interval(good, len(requests.ok))
     share = good / len(requests.ok)

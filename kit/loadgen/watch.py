@@ -1,4 +1,4 @@
-"""The other side during a run: the server's own metrics page and, where it is this machine, its GPUs."""
+"""The other side during a run: the server's metrics page and, on this machine, its GPUs."""
 
 import http.client
 import re
@@ -19,7 +19,7 @@ COUNTERS = ("preemptions", "prefix_hits", "prefix_queries")
 def read_page(page: str) -> dict[str, float]:
     """Our quantities from a Prometheus page; those that it does not expose are absent.
 
-    >>> read_page('vllm:num_requests_running{engine="0"} 3.0\\nvllm:num_requests_running{engine="1"} 4')
+    >>> read_page('vllm:num_requests_running{engine="0"} 3.0\\nvllm:num_requests_running 4')
     {'running': 7.0}
     """
     samples: dict[str, list[float]] = {}

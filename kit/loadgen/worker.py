@@ -1,4 +1,4 @@
-"""The worker process: takes a job on stdin, runs its own event loop, gives columns back on stdout."""
+"""The worker process: a job on stdin, an event loop of its own, columns back on stdout."""
 
 import asyncio
 import gc
@@ -65,9 +65,8 @@ def main() -> None:
 
 
 async def _work(job: Job) -> None:
-    key = os.environ.get(job.target.api_key_env) if job.target.api_key_env else None
     recorder = Recorder(job.path)
-    driver = Driver(job.target, job.level, job.prompts, recorder, key)
+    driver = Driver(job.target, job.level, job.prompts, recorder)
     await driver.prepare()
     connects = [connection.connect_s for connection in driver.idle]
     gc.collect()
