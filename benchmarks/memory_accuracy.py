@@ -190,9 +190,7 @@ def one_row(row: dict[str, str], spec: ModelSpec, card_: GpuSpec, version: str) 
         low, high = (float(result.kv_cache_tokens(x)) for x in result.kv_cache_bytes_interval)
     else:
         return
-    kinds = "+".join(
-        sorted({g.kind for g in spec.attention} | ({"state"} if spec.state else set()))
-    )
+    kinds = "+".join(sorted({g.kind for g in spec.attention} | ({"state"} if spec.state else set())))
     yield Row(
         row["id"], row["source_cluster"], row["engine"], version, card_.key, kinds, row["model"],
         measured, predicted, low, high, row["notes"], result,

@@ -102,18 +102,14 @@ def resolve(config: EngineConfig, model: ModelSpec, gpu: GpuSpec) -> ResolvedCon
         **defaults,
     )
     _check(resolved)
-    return replace(
-        resolved, max_num_seqs=min(resolved.max_num_seqs, resolved.max_num_batched_tokens)
-    )
+    return replace(resolved, max_num_seqs=min(resolved.max_num_seqs, resolved.max_num_batched_tokens))
 
 
 def _version(config: EngineConfig, data: dict[str, Any]) -> str:
     version = config.engine_version or str(data["newest"])
     if version_tuple(version) < version_tuple(str(data["first"])):
         reason = str(data.get("refused_below", "not known to this kit")).strip()
-        raise UserError(
-            f"{data['name']} {version} runs {reason}; choices: {data['first']} to {data['last']}"
-        )
+        raise UserError(f"{data['name']} {version} runs {reason}; choices: {data['first']} to {data['last']}")
     return version
 
 
@@ -121,19 +117,14 @@ def _parallel(config: EngineConfig) -> tuple[int, int, int]:
     """Tensor, pipeline and GPU count; TP fills what --gpu-count leaves."""
     for name in ("gpu_count", "pipeline_parallel_size"):
         if getattr(config, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
-            )
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     pipeline = config.pipeline_parallel_size
     tensor = config.tensor_parallel_size
     if tensor is None:
         if config.gpu_count == 1:
             return 1, pipeline, pipeline
         if config.gpu_count % pipeline:
-            raise UserError(
-                f"--gpu-count {config.gpu_count} is no multiple of "
-                f"--pipeline-parallel-size {pipeline}"
-            )
+            raise UserError(f"--gpu-count {config.gpu_count} is no multiple of --pipeline-parallel-size {pipeline}")
         return config.gpu_count // pipeline, pipeline, config.gpu_count
     if tensor < 1:
         raise UserError(f"--tensor-parallel-size must be at least 1, got {tensor}")
@@ -168,30 +159,19 @@ def check_parallel(model: ModelSpec, tensor: int, pipeline: int) -> None:
         )
     if pipeline > model.num_hidden_layers:
         raise UserError(
-            f"--pipeline-parallel-size {pipeline} exceeds the {model.num_hidden_layers} layers "
-            f"of {model.key}"
+            f"--pipeline-parallel-size {pipeline} exceeds the {model.num_hidden_layers} layers of {model.key}"
         )
 
 
 def _defaults(
-    config: EngineConfig,
-    data: dict[str, Any],
-    version: str,
-    model: ModelSpec,
-    gpu: GpuSpec,
-    tensor: int,
+    config: EngineConfig, data: dict[str, Any], version: str, model: ModelSpec, gpu: GpuSpec, tensor: int
 ) -> dict[str, Any]:
     """Values of the open flags, in the engine's own way of choosing them."""
     defaults = data["defaults"]
-    tier = _tier(defaults, gpu)
+    tier = _tier(defaults, gpu, version)
     values = {
         name: by_version(tier.get(name, defaults.get(name)), version)
-        for name in (
-            "gpu_memory_utilization",
-            "max_num_batched_tokens",
-            "max_num_seqs",
-            "block_size",
-        )
+        for name in ("gpu_memory_utilization", "max_num_batched_tokens", "max_num_seqs", "block_size")
     }
     values["max_model_len"] = model.max_position_embeddings
     for name in values:
@@ -203,9 +183,9 @@ def _defaults(
     return values
 
 
-def _tier(defaults: dict[str, Any], gpu: GpuSpec) -> dict[str, Any]:
+def _tier(defaults: dict[str, Any], gpu: GpuSpec, version: str) -> dict[str, Any]:
     """The defaults of this GPU's memory class."""
-    excepted = any(part in gpu.key for part in defaults.get("large_gpu_except", []))
+    excepted = any(part in gpu.key for part in by_version(defaults.get("large_gpu_except", ()), version))
     if "tiers" in defaults:
         return next(
             dict(tier)
@@ -219,9 +199,7 @@ def _tier(defaults: dict[str, Any], gpu: GpuSpec) -> dict[str, Any]:
     }
 
 
-def _sglang_fraction(
-    tier: dict[str, Any], gpu: GpuSpec, tensor: int, config: EngineConfig
-) -> float:
+def _sglang_fraction(tier: dict[str, Any], gpu: GpuSpec, tensor: int, config: EngineConfig) -> float:
     """SGLang's own mem-fraction-static: its heuristic leaves room for activations and graphs."""
     chunk = config.max_num_batched_tokens or tier["max_num_batched_tokens"]
     graph_rows = tier["cuda_graph_max_bs"][0 if tensor < 4 else 1]
@@ -235,14 +213,9 @@ def _sglang_fraction(
 
 def _check(config: ResolvedConfig) -> None:
     if not 0 < config.gpu_memory_utilization <= 1:
-        raise UserError(
-            "--gpu-memory-utilization must lie above 0 and at most 1, "
-            f"got {config.gpu_memory_utilization}"
-        )
+        raise UserError(f"--gpu-memory-utilization must lie above 0 and at most 1, got {config.gpu_memory_utilization}")
     if config.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise unknown("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES)
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         if getattr(config, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}"
-            )
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")

@@ -132,17 +132,13 @@ def test_kv_heads_are_duplicated_and_latents_replicated_under_tp() -> None:
 
 def test_active_parameters_of_a_mixture() -> None:
     mixtral = model("mixtral-8x7b-v0.1")
-    assert mixtral.active_parameters == pytest.approx(
-        12.7e9, rel=0.02
-    )  # published: 12.9 B with embedding
+    assert mixtral.active_parameters == pytest.approx(12.7e9, rel=0.02)  # published: 12.9 B with embedding
 
 
 def test_tensor_parallel_sizes() -> None:
     assert tensor_parallel_sizes(model("llama-3.1-70b"), 8) == [1, 2, 4, 8]
     assert 3 not in tensor_parallel_sizes(model("llama-3.1-70b"), 8)
-    with pytest.raises(
-        UserError, match=r"--tensor-parallel-size 3 .* sizes that can run: 1, 2, 4, 8"
-    ):
+    with pytest.raises(UserError, match=r"--tensor-parallel-size 3 .* sizes that can run: 1, 2, 4, 8"):
         resolve(EngineConfig(tensor_parallel_size=3), model("llama-3.1-70b"), gpu("h100-sxm-80gb"))
 
 
@@ -151,9 +147,7 @@ def plausible_config(draw: st.DrawFn) -> dict[str, object]:
     """Fields in the ranges that published models use, in any combination."""
     heads = draw(st.sampled_from([8, 14, 16, 28, 32, 40, 64]))
     config: dict[str, object] = {
-        "model_type": draw(
-            st.sampled_from(["llama", "qwen2", "qwen3", "gemma2", "phi", "opt", "new"])
-        ),
+        "model_type": draw(st.sampled_from(["llama", "qwen2", "qwen3", "gemma2", "phi", "opt", "new"])),
         "hidden_size": heads * draw(st.sampled_from([64, 96, 128])),
         "num_hidden_layers": draw(st.integers(1, 100)),
         "num_attention_heads": heads,

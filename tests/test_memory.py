@@ -62,9 +62,7 @@ def test_defaults_by_version_and_gpu_class() -> None:
 
 
 def test_graphs_are_charged_from_0_21() -> None:
-    before, after = (
-        plan(LLAMA, H100, of(v, gpu_memory_utilization=0.9)) for v in ("0.20.0", "0.21.0")
-    )
+    before, after = (plan(LLAMA, H100, of(v, gpu_memory_utilization=0.9)) for v in ("0.20.0", "0.21.0"))
     charged = before.pool.size_bytes - after.pool.size_bytes
     assert charged == pytest.approx(after.cuda_graph.size_bytes)
     eager = plan(LLAMA, H100, of("0.21.0", gpu_memory_utilization=0.9, enforce_eager=True))
@@ -72,9 +70,7 @@ def test_graphs_are_charged_from_0_21() -> None:
 
 
 def test_v0_is_refused_with_the_reason() -> None:
-    with pytest.raises(
-        UserError, match=r"vLLM 0\.7\.3 runs the V0 engine.*choices: 0\.8\.0 to 0\.33"
-    ):
+    with pytest.raises(UserError, match=r"vLLM 0\.7\.3 runs the V0 engine.*choices: 0\.8\.0 to 0\.33"):
         plan(LLAMA, H100, of("0.7.3"))
 
 
@@ -99,9 +95,7 @@ def test_impossible_flags_are_named(flags: dict[str, object], message: str) -> N
         plan(LLAMA, H100, EngineConfig(**flags))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "bad", [{"context_tokens": -1}, {"sessions": 0}, {"headroom_fraction": 1.0}]
-)
+@pytest.mark.parametrize("bad", [{"context_tokens": -1}, {"sessions": 0}, {"headroom_fraction": 1.0}])
 def test_impossible_demands_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"got (-1|0|1\.0)"):
         Demand(**{"context_tokens": 1000, **bad})  # type: ignore[arg-type]
@@ -153,10 +147,7 @@ def test_pipeline_takes_the_poorest_rank() -> None:
     split = plan(spec, H100, of(pipeline_parallel_size=4))
     assert split.config.gpu_count == 4
     head = 2 * spec.counts.lm_head
-    assert (
-        split.weights.size_bytes
-        > 2 * (spec.parameters - 2 * spec.counts.embedding) / 4 + 0.9 * head
-    )
+    assert split.weights.size_bytes > 2 * (spec.parameters - 2 * spec.counts.embedding) / 4 + 0.9 * head
 
 
 def test_paused_sessions_take_from_the_active() -> None:
@@ -171,9 +162,9 @@ def test_what_does_not_fit_says_what_would() -> None:
     result = answer(plan(spec, H100, EngineConfig()), demand)
     assert not result.fits
     assert result.limited_by == "weights"
-    assert result.required_bytes - plan(
-        spec, H100, EngineConfig()
-    ).budget.size_bytes == pytest.approx(result.shortfall_bytes)
+    assert result.required_bytes - plan(spec, H100, EngineConfig()).budget.size_bytes == pytest.approx(
+        result.shortfall_bytes
+    )
     found = list(alternatives(spec, H100, EngineConfig(), demand))
     assert any("--tensor-parallel-size 2" in text for text in found)
 
@@ -221,9 +212,7 @@ def test_sglang_pool_is_fraction_less_weights() -> None:
 
 
 @given(
-    st.sampled_from(
-        ["llama-3.1-8b", "gemma-3-27b", "deepseek-v2-lite", "qwen3.5-27b", "mixtral-8x7b-v0.1"]
-    ),
+    st.sampled_from(["llama-3.1-8b", "gemma-3-27b", "deepseek-v2-lite", "qwen3.5-27b", "mixtral-8x7b-v0.1"]),
     st.floats(0.3, 0.97),
     st.floats(0.005, 0.03),
     st.integers(1, 60_000),
@@ -249,9 +238,7 @@ def test_published_logs() -> None:
 
     if not memory_accuracy.LOGS.exists():
         pytest.skip("no published start-up logs beside the repository")
-    rows = [
-        row for row in memory_accuracy.predicted_rows(memory_accuracy.LOGS) if row.engine == "vllm"
-    ]
+    rows = [row for row in memory_accuracy.predicted_rows(memory_accuracy.LOGS) if row.engine == "vllm"]
     assert len(rows) >= 45
     found = memory_accuracy.summary(rows)
     assert found.median <= 0.005

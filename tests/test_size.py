@@ -46,9 +46,7 @@ SGLANG_LOG = """\
 """
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of one call."""
     monkeypatch.setattr(sys, "argv", ["kit", "size", *arguments])
     code = 0

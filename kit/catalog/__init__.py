@@ -4,14 +4,4 @@ from kit.catalog.architecture import AttentionGroup, ModelSpec, MoeSpec, StateGr
 from kit.catalog.gpus import GpuSpec, gpu, gpu_keys
 from kit.catalog.models import model, model_keys
 
-__all__ = [
-    "AttentionGroup",
-    "GpuSpec",
-    "ModelSpec",
-    "MoeSpec",
-    "StateGroup",
-    "gpu",
-    "gpu_keys",
-    "model",
-    "model_keys",
-]
+__all__ = ["AttentionGroup", "GpuSpec", "ModelSpec", "MoeSpec", "StateGroup", "gpu", "gpu_keys", "model", "model_keys"]

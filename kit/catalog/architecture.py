@@ -4,13 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kit.catalog.layers import (
-    attention_groups,
-    moe_spec,
-    state_groups,
-    text_config,
-    vision_spec,
-)
+from kit.catalog.layers import attention_groups, moe_spec, state_groups, text_config, vision_spec
 from kit.catalog.parameters import Parameters, count_parameters
 from kit.catalog.quantization import quantization_of
 from kit.catalog.shapes import AttentionGroup, Fields, MoeSpec, StateGroup, VisionSpec
@@ -40,9 +34,7 @@ class ModelSpec:
     counts: Parameters
     absorbed_parameters: int  # MLA up projections that engines keep a second time, reshaped
     quantization: str | None  # of the checkpoint, or of the suffix it was asked by
-    kept: dict[
-        str, tuple[str, ...]
-    ]  # by quantisation: module names that such builds leave in 16 bits
+    kept: dict[str, tuple[str, ...]]  # by quantisation: module names that such builds leave in 16 bits
     vision: VisionSpec | None
     source: str
 
@@ -104,15 +96,9 @@ def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec
         num_key_value_heads=fields.count("num_key_value_heads", "n_head_kv", default=heads),
         head_dim=head_dim,
         vocab_size=fields.count("vocab_size"),
-        intermediate_size=fields.count(
-            "intermediate_size", "ffn_dim", "n_inner", default=4 * hidden
-        ),
-        tie_word_embeddings=bool(
-            fields.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-        ),
-        max_position_embeddings=fields.count(
-            "max_position_embeddings", "n_positions", default=4096
-        ),
+        intermediate_size=fields.count("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        max_position_embeddings=fields.count("max_position_embeddings", "n_positions", default=4096),
         rotary_bytes=_rotary_bytes(fields, head_dim),
         attention=attention_groups(fields, layers, head_dim),
         state=state_groups(fields, layers),

@@ -30,45 +30,32 @@ class GpuSpec:
     def flops_per_s(self, dtype: str) -> float:
         """Dense FLOP/s in a GEMM dtype, that of 16 bits where the card has no unit for it."""
         rates = self.dense_flops_per_s
-        rate = rates.get(dtype) or rates.get("bf16") or rates.get("fp16")
-        if rate is None:
-            raise UserError(f"{self.key} has no {dtype} or 16-bit rate in data/gpus.yaml")
-        return rate
-
-
-def _records() -> dict[str, Any]:
-    return dict(load_yaml(DATA / "gpus.yaml"))
+        if rate := rates.get(dtype) or rates.get("bf16") or rates.get("fp16"):
+            return rate
+        raise UserError(f"{self.key} has no {dtype} or 16-bit rate in data/gpus.yaml")
 
 
 def gpu_keys() -> list[str]:
     """Every key of data/gpus.yaml."""
-    return list(_records())
+    return list(load_yaml(DATA / "gpus.yaml"))
 
 
 def gpu(key: str) -> GpuSpec:
     """The GPU of that key; refuses an unknown one with the nearest keys."""
-    records = _records()
-    record = records.get(key.strip().lower())
+    records: dict[str, Any] = load_yaml(DATA / "gpus.yaml")
+    record, found = records.get(key.strip().lower()), key.strip().lower()
     if record is None:
         raise unknown("GPU", key, records, shown=30)
-    link = record["link"]
+    rates = {dtype: rate and float(rate) for dtype, rate in record["dense_flops_per_s"].items()}
+    floats = ("memory_relative_uncertainty", "memory_bandwidth_bytes_per_s", "pcie_bytes_per_s", "power_w")
+    plain = ("name", "memory_bytes", "compute_capability", "architecture", "multiprocessors", "source")
+    values: dict[str, Any] = {name: float(record[name]) for name in floats}
+    values |= {name: record[name] for name in plain}
     return GpuSpec(
-        key=key.strip().lower(),
-        name=record["name"],
-        memory_bytes=int(record["memory_bytes"]),
-        memory_relative_uncertainty=float(record["memory_relative_uncertainty"]),
-        memory_bandwidth_bytes_per_s=float(record["memory_bandwidth_bytes_per_s"]),
-        dense_flops_per_s={
-            dtype: None if rate is None else float(rate)
-            for dtype, rate in record["dense_flops_per_s"].items()
-        },
-        link=link["name"],
-        link_bytes_per_s=float(link["bytes_per_s_per_direction"]),
-        pcie_bytes_per_s=float(record["pcie_bytes_per_s"]),
-        power_w=float(record["power_w"]),
-        compute_capability=record["compute_capability"],
-        architecture=record["architecture"],
-        multiprocessors=int(record["multiprocessors"]),
+        key=found,
+        dense_flops_per_s=rates,
+        link=record["link"]["name"],
+        link_bytes_per_s=float(record["link"]["bytes_per_s_per_direction"]),
         nvml_names=tuple(record["nvml_names"]),
-        source=record["source"],
+        **values,
     )

@@ -78,9 +78,7 @@ def _every(period: int, other: str, num_layers: int) -> list[str]:
 
 def _checked(kinds: list[str], fields: Fields, num_layers: int) -> list[str]:
     if len(kinds) != num_layers:
-        raise UserError(
-            f"{fields.where}: {len(kinds)} layer types for num_hidden_layers {num_layers}"
-        )
+        raise UserError(f"{fields.where}: {len(kinds)} layer types for num_hidden_layers {num_layers}")
     return kinds
 
 
@@ -90,16 +88,12 @@ def attention_groups(fields: Fields, num_layers: int, head_dim: int) -> tuple[At
         return _compressed_groups(fields, ratios, num_layers, head_dim)
     counts = Counter(layer_kinds(fields, num_layers))
     return tuple(
-        _group(fields, kind, counts[kind], head_dim)
-        for kind in ("full", "sliding", "chunked")
-        if counts[kind]
+        _group(fields, kind, counts[kind], head_dim) for kind in ("full", "sliding", "chunked") if counts[kind]
     )
 
 
 def _group(fields: Fields, kind: str, num_layers: int, head_dim: int) -> AttentionGroup:
-    heads = fields.count(
-        "num_key_value_heads", "n_head_kv", default=fields.count("num_attention_heads")
-    )
+    heads = fields.count("num_key_value_heads", "n_head_kv", default=fields.count("num_attention_heads"))
     window = None
     if kind == "sliding":
         window = fields.count("sliding_window")
@@ -121,9 +115,7 @@ def _group(fields: Fields, kind: str, num_layers: int, head_dim: int) -> Attenti
     return AttentionGroup(kind, num_layers, heads, head_dim, window)
 
 
-def _compressed_groups(
-    fields: Fields, ratios: list[int], num_layers: int, head_dim: int
-) -> tuple[AttentionGroup, ...]:
+def _compressed_groups(fields: Fields, ratios: list[int], num_layers: int, head_dim: int) -> tuple[AttentionGroup, ...]:
     """DeepSeek-V4: one key-value vector a layer for every ratio-th token; 0 keeps a window."""
     indexer = fields.count("index_head_dim", default=0)
     window = fields.count("sliding_window", default=128)
@@ -192,9 +184,7 @@ def moe_spec(fields: Fields, num_layers: int) -> MoeSpec | None:
         shared = width
     return MoeSpec(
         num_experts=experts,
-        num_experts_per_tok=fields.count(
-            "num_experts_per_tok", "top_k_experts", "moe_top_k", default=2
-        ),
+        num_experts_per_tok=fields.count("num_experts_per_tok", "top_k_experts", "moe_top_k", default=2),
         moe_intermediate_size=width,
         shared_intermediate_size=shared,
         num_moe_layers=_moe_layers(fields, num_layers),
@@ -205,9 +195,7 @@ def _moe_layers(fields: Fields, num_layers: int) -> int:
     if pattern := fields.get("hybrid_override_pattern"):
         return int(pattern.count("E"))
     step = fields.count("decoder_sparse_step", "interleave_moe_layer_step", default=1) or 1
-    dense = fields.count("first_k_dense_replace", default=0) + len(
-        fields.get("mlp_only_layers", [])
-    )
+    dense = fields.count("first_k_dense_replace", default=0) + len(fields.get("mlp_only_layers", []))
     return max(0, num_layers // step - dense)
 
 
@@ -219,9 +207,7 @@ def vision_spec(config: Mapping[str, Any]) -> VisionSpec | None:
     fields = Fields(tower, "vision_config")
     patch = fields.count("patch_size", default=14)
     side = fields.count("image_size", default=0)
-    if per_image := config.get(
-        "mm_tokens_per_image"
-    ):  # Gemma 3 pools a whole image into 256 tokens
+    if per_image := config.get("mm_tokens_per_image"):  # Gemma 3 pools a whole image into 256 tokens
         patches = max(1, (side // patch) ** 2 // int(per_image))
     else:
         shuffle = round(1 / float(fields.get("pixel_shuffle_ratio", 1)))

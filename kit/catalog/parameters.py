@@ -9,37 +9,9 @@ from typing import Any
 from kit.catalog.layers import layer_kinds, linear_dims, mamba_dims
 from kit.catalog.shapes import Fields, MoeSpec
 
-_UNGATED = (
-    "opt",
-    "gpt2",
-    "phi",
-    "bloom",
-    "gpt_neox",
-    "starcoder2",
-    "nemotron",
-    "nemotron_h",
-    "falcon",
-)
-_ATTENTION_BIAS = (
-    "qwen2",
-    "qwen2_moe",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen2_5_vl_text",
-    "opt",
-    "phi",
-    "gpt2",
-)
-_QK_NORM = (
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "gemma3",
-    "gemma3_text",
-    "gemma4",
-    "qwen3_5",
-    "minimax_m2",
-)
+_UNGATED = ("opt", "gpt2", "phi", "bloom", "gpt_neox", "starcoder2", "nemotron", "nemotron_h", "falcon")
+_ATTENTION_BIAS = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "opt", "phi", "gpt2")
+_QK_NORM = ("qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "minimax_m2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +52,7 @@ def count_parameters(
     dense, shared, experts, router = _feed_forward(fields, hidden, num_layers, moe)
     embedding = vocab * fields.count("word_embed_proj_dim", default=hidden)
     if fields.get("model_type") in ("opt", "gpt2"):  # learned positions
-        embedding += (
-            fields.count("max_position_embeddings", "n_positions", default=2048) + 2
-        ) * hidden
+        embedding += (fields.count("max_position_embeddings", "n_positions", default=2048) + 2) * hidden
     tied = fields.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     return Parameters(
         embedding=embedding,
@@ -109,9 +79,7 @@ def _norms_per_layer(fields: Fields) -> int:
     return 4 if fields.get("model_type", "").startswith(("gemma2", "gemma3", "gemma4")) else 2
 
 
-def _attention(
-    fields: Fields, hidden: int, head_dim: int, kinds: Counter[str]
-) -> tuple[int, int, int, int]:
+def _attention(fields: Fields, hidden: int, head_dim: int, kinds: Counter[str]) -> tuple[int, int, int, int]:
     """Sharded, key-value, replicated and small (bias, norm) parameters of all attention layers."""
     heads = fields.count("num_attention_heads", "n_head", default=1)
     layers = kinds["full"] + kinds["sliding"] + kinds["chunked"] + kinds["compressed"]
@@ -119,12 +87,7 @@ def _attention(
         sharded, replicated = _mla(fields, hidden, heads)
         return layers * sharded, 0, layers * replicated, 0
     if kinds["compressed"]:
-        return (
-            layers * _compressed(fields, hidden, heads, head_dim),
-            0,
-            layers * hidden * head_dim,
-            0,
-        )
+        return (layers * _compressed(fields, hidden, heads, head_dim), 0, layers * hidden * head_dim, 0)
     kv_heads = fields.count("num_key_value_heads", "n_head_kv", default=heads)
     gate = 2 if fields.get("attn_output_gate") else 1  # Qwen3-Next gates the output by a twin of q
     sharded = kv = small = 0
@@ -175,9 +138,7 @@ def _compressed(fields: Fields, hidden: int, heads: int, head_dim: int) -> int:
     )
 
 
-def _feed_forward(
-    fields: Fields, hidden: int, num_layers: int, moe: MoeSpec | None
-) -> tuple[int, int, int, int]:
+def _feed_forward(fields: Fields, hidden: int, num_layers: int, moe: MoeSpec | None) -> tuple[int, int, int, int]:
     """Dense, shared-expert, routed-expert and router parameters."""
     model_type = fields.get("model_type", "")
     matrices = 2 if model_type in _UNGATED else 3

@@ -66,13 +66,7 @@ def _method(block: Mapping[str, Any], where: str) -> str:
         return _compressed_tensors(block)
     if method == "modelopt":
         return "nvfp4" if "FP4" in str(block.get("quant_algo", block)).upper() else "fp8"
-    names = {
-        "fp8": "fp8",
-        "fbgemm_fp8": "fp8",
-        "awq": "int4-awq",
-        "mxfp4": "mxfp4",
-        "modelopt_fp4": "nvfp4",
-    }
+    names = {"fp8": "fp8", "fbgemm_fp8": "fp8", "awq": "int4-awq", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4"}
     if method not in names:
         choices = [*names, "gptq", "bitsandbytes", "compressed-tensors", "modelopt"]
         raise unknown(f"quant_method in {where}", method, choices)

@@ -23,6 +23,8 @@ class AttentionGroup:
     def bytes_per_token(self, kv_dtype_bytes: float, tensor_parallel_size: int = 1) -> float:
         """Bytes per token of one layer on one rank; KV heads are duplicated beyond their number."""
         if self.kind == "mla":  # the latent vector is replicated on every rank
+            if self.indexer_bytes and kv_dtype_bytes == 1:  # packed: fp8 latents, float32 scales, bf16 rope
+                return 656 + self.indexer_bytes
             return self.latent_dim * kv_dtype_bytes + self.indexer_bytes
         if self.kind == "compressed":
             return self.head_dim * kv_dtype_bytes / self.compress_ratio + self.indexer_bytes

@@ -86,9 +86,7 @@ def command(
         show(memory, demand, result, record, lines)
 
 
-def _warnings(
-    memory: "MemoryPlan", demand: "Demand", result: "Answer", config: "EngineConfig"
-) -> list[str]:
+def _warnings(memory: "MemoryPlan", demand: "Demand", result: "Answer", config: "EngineConfig") -> list[str]:
     """What the user should know before trusting or running this."""
     from kit.engine_config import engine_data, version_tuple
     from kit.memory.sessions import alternatives
@@ -99,8 +97,7 @@ def _warnings(
         warnings.append(f"{data['name']} {resolved.engine_version} is newer than any known here")
     if result.limited_by == "max_model_len":
         warnings.append(
-            f"--context-tokens {demand.context_tokens} exceeds the engine's max_model_len "
-            f"{resolved.max_model_len}"
+            f"--context-tokens {demand.context_tokens} exceeds the engine's max_model_len {resolved.max_model_len}"
         )
     elif 0 < result.max_model_len < resolved.max_model_len:
         warnings.append(
@@ -112,20 +109,14 @@ def _warnings(
         would = "; ".join(found) if found else "nothing tried here (8 GPUs, fp8, int4) does"
         warnings.append(f"does not fit; would fit: {would}")
     if resolved.engine not in ("vllm", "sglang"):
-        warnings.append(
-            f"no start-up logs check the {data['name']} rule: a guess with a wide interval"
-        )
+        warnings.append(f"no start-up logs check the {data['name']} rule: a guess with a wide interval")
     if any(group.kind == "compressed" for group in memory.model.attention):
         warnings.append("compressed KV cache: tokens are an average, engines page it differently")
     return warnings
 
 
 def _record(
-    memory: "MemoryPlan",
-    result: "Answer",
-    config: "EngineConfig",
-    warnings: list[str],
-    lines: "list[Compared]",
+    memory: "MemoryPlan", result: "Answer", config: "EngineConfig", warnings: list[str], lines: "list[Compared]"
 ) -> dict[str, Any]:
     """The JSON object, all bytes whole numbers."""
     from kit.memory.sessions import engine_args

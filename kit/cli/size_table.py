@@ -11,20 +11,13 @@ from kit.memory.startlog import Compared
 from kit.units import format_bytes
 
 
-def show(
-    memory: MemoryPlan,
-    demand: Demand,
-    result: Answer,
-    record: dict[str, Any],
-    lines: list[Compared],
-) -> None:
+def show(memory: MemoryPlan, demand: Demand, result: Answer, record: dict[str, Any], lines: list[Compared]) -> None:
     """Print the answer first, then where the memory goes, then the comparison with a log."""
     console = Console(highlight=False)
     config = memory.config
     where = f"{config.gpu_count}x {memory.gpu.key}" if config.gpu_count > 1 else memory.gpu.key
     console.print(
-        f"[bold]{memory.model.key}[/] {config.quantization} on {where}, "
-        f"{config.engine} {config.engine_version}"
+        f"[bold]{memory.model.key}[/] {config.quantization} on {where}, {config.engine} {config.engine_version}"
     )
     verdict = "fits" if result.fits else "does not fit"
     console.print(
@@ -57,16 +50,12 @@ def _memory_table(memory: MemoryPlan) -> Table:
         ("= KV pool", memory.pool),
     ]
     for name, term in rows:
-        table.add_row(
-            name, f"{term.size_bytes / 2**30:.2f}", f"{term.half_width_bytes / 2**30:.2f}"
-        )
+        table.add_row(name, f"{term.size_bytes / 2**30:.2f}", f"{term.half_width_bytes / 2**30:.2f}")
     return table
 
 
 def _log_table(lines: list[Compared]) -> Table:
-    table = Table(
-        "log line", "measured", "modelled", "± 90 %", "difference", box=None, pad_edge=False
-    )
+    table = Table("log line", "measured", "modelled", "± 90 %", "difference", box=None, pad_edge=False)
     for one in lines:
         form = ",.0f" if one.line.endswith("tokens") else ".2f"
         values = (format(value, form) for value in (one.measured, one.predicted, one.half_width))

@@ -12,17 +12,14 @@ from kit.memory.pool import Layout
 from kit.memory.shape import Term
 
 
-def budget(
-    gpu: GpuSpec, config: ResolvedConfig, weights: Term, rest: Term, rule: dict[str, Any]
-) -> Term:
+def budget(gpu: GpuSpec, config: ResolvedConfig, weights: Term, rest: Term, rule: dict[str, Any]) -> Term:
     """Bytes that weights, activations and pool share, as the engine reads its fraction."""
     total, fraction = gpu.memory_bytes, config.gpu_memory_utilization
     context = rule["context_bytes"]
     size = {
         "of_free_at_start": fraction * (total - context),
         # the fraction is taken of what the weights and activations leave
-        "of_free_after_load": fraction * (total - context)
-        + (1 - fraction) * (weights.size_bytes + rest.size_bytes),
+        "of_free_after_load": fraction * (total - context) + (1 - fraction) * (weights.size_bytes + rest.size_bytes),
         "of_total": fraction * total - context,
     }[rule["pool"]]
     half_width = rule["context_half_width_bytes"] + rule["relative_half_width"] * size
@@ -34,9 +31,7 @@ def layout(model: ModelSpec, config: ResolvedConfig, layers: float, rule: dict[s
     tensor, kv_bytes = config.tensor_parallel_size, config.kv_dtype_bytes
     share = rule.get("sliding_token_share", 1.0)
     cell = sum(
-        group.num_layers
-        * group.bytes_per_token(kv_bytes, tensor)
-        * (share if group.window is not None else 1.0)
+        group.num_layers * group.bytes_per_token(kv_bytes, tensor) * (share if group.window is not None else 1.0)
         for group in model.attention
     )
     if model.state:  # a fixed share of the pool is set aside for states

@@ -29,8 +29,7 @@ class Layout:
         state = self.state_groups * self.state_blocks
         sliding = sum(
             min(
-                ceil(min(window - 1 + max_num_batched_tokens, context_tokens) / self.block_size)
-                + 1,
+                ceil(min(window - 1 + max_num_batched_tokens, context_tokens) / self.block_size) + 1,
                 ceil(context_tokens / self.block_size),
             )
             for window in self.windows
@@ -38,15 +37,11 @@ class Layout:
         return full + sliding + state
 
 
-def layout(
-    model: ModelSpec, config: ResolvedConfig, num_layers_fraction: float, state_blocks: int
-) -> Layout:
+def layout(model: ModelSpec, config: ResolvedConfig, num_layers_fraction: float, state_blocks: int) -> Layout:
     """The layout of one rank: uniform models have one group, hybrids equal groups with padding."""
     tensor, kv_bytes = config.tensor_parallel_size, config.kv_dtype_bytes
     attention = [group for group in model.attention if group.num_layers]
-    counts = {
-        id(group): max(1, round(group.num_layers * num_layers_fraction)) for group in attention
-    }
+    counts = {id(group): max(1, round(group.num_layers * num_layers_fraction)) for group in attention}
     per_token = {id(group): group.bytes_per_token(kv_bytes, tensor) for group in attention}
     state_layers = round(sum(g.num_layers for g in model.state) * num_layers_fraction)
     block_size = config.block_size
@@ -62,20 +57,10 @@ def layout(
     layers = [counts[id(group)] for group in attention] + ([state_layers] if state_layers else [])
     size = group_size(layers)
     windows = tuple(
-        group.window
-        for group in attention
-        if group.window is not None
-        for _ in range(ceil(counts[id(group)] / size))
+        group.window for group in attention if group.window is not None for _ in range(ceil(counts[id(group)] / size))
     )
     full = sum(ceil(counts[id(g)] / size) for g in attention if g.window is None)
-    return Layout(
-        block_size,
-        block_size * widest * size,
-        full,
-        windows,
-        ceil(state_layers / size),
-        state_blocks,
-    )
+    return Layout(block_size, block_size * widest * size, full, windows, ceil(state_layers / size), state_blocks)
 
 
 def group_size(layers: list[int]) -> int:
@@ -97,11 +82,7 @@ def _compressed_layout(
 ) -> Layout:
     """Compressed caches and pure state models: an average cost per token, no page is known."""
     per_block = sum(
-        config.block_size * per_token[id(group)] * counts[id(group)]
-        for group in attention
-        if group.window is None
+        config.block_size * per_token[id(group)] * counts[id(group)] for group in attention if group.window is None
     )
-    state = sum(
-        g.num_layers * g.bytes_per_sequence(config.tensor_parallel_size) for g in model.state
-    )
+    state = sum(g.num_layers * g.bytes_per_sequence(config.tensor_parallel_size) for g in model.state)
     return Layout(config.block_size, per_block or max(state, 1.0), 1 if per_block else 0, (), 0, 1)

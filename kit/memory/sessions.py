@@ -23,15 +23,11 @@ class Demand:
     def __post_init__(self) -> None:
         for name in ("context_tokens", "sessions"):
             if getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.paused_sessions < 0:
             raise UserError(f"--paused-sessions must not be negative, got {self.paused_sessions}")
         if not 0 <= self.headroom_fraction < 1:
-            raise UserError(
-                f"--headroom-fraction must lie from 0 to below 1, got {self.headroom_fraction}"
-            )
+            raise UserError(f"--headroom-fraction must lie from 0 to below 1, got {self.headroom_fraction}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +95,7 @@ def engine_args(memory: MemoryPlan, result: Answer, given: EngineConfig) -> dict
     if config.kv_cache_dtype != "auto":
         args["kv_cache_dtype"] = config.kv_cache_dtype
     args["gpu_memory_utilization"] = f"{config.gpu_memory_utilization:g}"
-    if result.max_model_len and (
-        given.max_model_len or result.max_model_len < config.max_model_len
-    ):
+    if result.max_model_len and (given.max_model_len or result.max_model_len < config.max_model_len):
         args["max_model_len"] = str(result.max_model_len)
     for name in ("max_num_seqs", "max_num_batched_tokens"):
         if getattr(given, name) is not None:
@@ -128,9 +122,7 @@ def alternatives(
             return
 
 
-def _changes(
-    model: ModelSpec, card: GpuSpec, config: EngineConfig
-) -> Iterator[tuple[str, GpuSpec, EngineConfig]]:
+def _changes(model: ModelSpec, card: GpuSpec, config: EngineConfig) -> Iterator[tuple[str, GpuSpec, EngineConfig]]:
     if config.kv_cache_dtype == "auto":
         yield "--kv-cache-dtype fp8", card, replace(config, kv_cache_dtype="fp8")
     if (config.quantization or model.quantization or "bf16") == "bf16":
@@ -146,15 +138,10 @@ def _changes(
             yield f"{other.key} ({format_bytes(other.memory_bytes)})", other, config
 
 
-def context_by_turn(
-    first_tokens: int, added_tokens: int, output_tokens: int, turns: int
-) -> list[int]:
+def context_by_turn(first_tokens: int, added_tokens: int, output_tokens: int, turns: int) -> list[int]:
     """Context after each turn, tokens: every turn re-sends what came before and adds to it.
 
     >>> context_by_turn(1000, 200, 100, 3)
     [1100, 1400, 1700]
     """
-    return [
-        first_tokens + output_tokens + turn * (added_tokens + output_tokens)
-        for turn in range(turns)
-    ]
+    return [first_tokens + output_tokens + turn * (added_tokens + output_tokens) for turn in range(turns)]

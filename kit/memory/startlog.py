@@ -14,12 +14,7 @@ from kit.memory.plan import MemoryPlan, plan
 from kit.memory.shape import Term
 from kit.units import GIB, MIB, gib
 
-_FLAGS = {
-    "gpu_memory_utilization": float,
-    "max_num_seqs": int,
-    "max_num_batched_tokens": int,
-    "max_model_len": int,
-}
+_FLAGS = {"gpu_memory_utilization": float, "max_num_seqs": int, "max_num_batched_tokens": int, "max_model_len": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +60,7 @@ def _find(text: str, engine: str) -> dict[str, str]:
 def config_from_log(config: EngineConfig, engine: str, values: dict[str, str]) -> EngineConfig:
     """The asked configuration, its open flags filled from the log; the log's engine decides."""
     filled: dict[str, Any] = {
-        name: kind(values[name])
-        for name, kind in _FLAGS.items()
-        if name in values and getattr(config, name) is None
+        name: kind(values[name]) for name, kind in _FLAGS.items() if name in values and getattr(config, name) is None
     }
     if config.tensor_parallel_size is None and config.gpu_count == 1:
         filled["tensor_parallel_size"] = int(values.get("tensor_parallel_size", 1))
@@ -75,9 +68,7 @@ def config_from_log(config: EngineConfig, engine: str, values: dict[str, str]) -
     return replace(config, engine=engine, engine_version=version, **filled)
 
 
-def compare(
-    memory: MemoryPlan, values: dict[str, str], card: GpuSpec, config: EngineConfig
-) -> Iterator[Compared]:
+def compare(memory: MemoryPlan, values: dict[str, str], card: GpuSpec, config: EngineConfig) -> Iterator[Compared]:
     """Each line that the log has, in order of cause: memory, weights, peak, pool, tokens."""
     terms = {
         "weights_gib": memory.weights,

@@ -18,10 +18,7 @@ class StartUp:
         """Low and high of the whole, seconds; a warm host has its machine and image already."""
         skipped = ("provisioning", "image_pull") if warm_host else ()
         spans = [span for name, span in self.phases_s.items() if name not in skipped]
-        return (
-            self.weights_s + sum(low for low, _ in spans),
-            self.weights_s + sum(high for _, high in spans),
-        )
+        return (self.weights_s + sum(low for low, _ in spans), self.weights_s + sum(high for _, high in spans))
 
 
 def storages() -> list[str]:

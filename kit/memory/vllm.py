@@ -21,9 +21,7 @@ def budget(gpu: GpuSpec, config: ResolvedConfig) -> Term:
     return Term(size, size * (0.002 + gpu.memory_relative_uncertainty))
 
 
-def activation(
-    model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, stage: Stage, rule: dict[str, Any]
-) -> Term:
+def activation(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, stage: Stage, rule: dict[str, Any]) -> Term:
     """Bytes allocated by the profiling run above the weights, on one rank."""
     forward = _forward_bytes(model, config, rule)
     moe = _moe_bytes(model, config)
@@ -43,9 +41,7 @@ def activation(
     return Term(total, surest * total + 0.3 * vision + 8 * MIB)
 
 
-def _sampler_bytes(
-    model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, rule: dict[str, Any]
-) -> float:
+def _sampler_bytes(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, rule: dict[str, Any]) -> float:
     """The dummy sampler: logits of max_num_seqs rows and their copies, hidden states kept below."""
     rows, version = config.max_num_seqs, config.engine_version
     size = by_version(rule["sampler_bytes_per_logit"], version) * rows * model.vocab_size
@@ -63,9 +59,7 @@ def _forward_bytes(model: ModelSpec, config: ResolvedConfig, rule: dict[str, Any
     if config.quantization == "int8":
         width_bytes += width  # the activation quantised for the down projection
     hidden_bytes = 2 * rule["forward_hidden_copies"] * model.hidden_size
-    return float(
-        config.max_num_batched_tokens * (width_bytes / config.tensor_parallel_size + hidden_bytes)
-    )
+    return float(config.max_num_batched_tokens * (width_bytes / config.tensor_parallel_size + hidden_bytes))
 
 
 def _moe_bytes(model: ModelSpec, config: ResolvedConfig) -> float:
