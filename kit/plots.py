@@ -1,0 +1,180 @@
+"""Figures: each draws numbers that are already there and returns its axes; the title is the finding."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from kit.catalog import GpuSpec, ModelSpec, gpu_keys
+from kit.engine_config import EngineConfig
+from kit.memory import MemoryPlan, plan
+from kit.scenario import Held
+from kit.units import gib
+
+# A GPU has the same colour in every figure; those that scenarios compare come first.
+_COMPARED = (
+    "h100-sxm-80gb", "h200-sxm-141gb", "b200-sxm-180gb", "l40s-48gb", "h100-pcie-80gb",
+    "rtx-5090-32gb", "rtx-4090-24gb", "a100-sxm-80gb", "rtx-pro-6000-96gb", "l4-24gb",
+)  # fmt: skip
+# One colour per part of the memory, in the order of the engine's sum.
+PARTS = {
+    "weights": "#3f90da",
+    "activation": "#ffa90e",
+    "non-torch": "#832db6",
+    "CUDA graphs": "#a96b59",
+    "KV pool": "#8fc98b",
+    "outside the share": "#e3e6ea",
+}
+
+
+def gpu_colour(key: str) -> str:
+    """The colour of a GPU in every figure, as matplotlib names it."""
+    order = [*_COMPARED, *(other for other in gpu_keys() if other not in _COMPARED)]
+    return f"C{order.index(key) % 10}"
+
+
+def parts_gib(memory: MemoryPlan) -> dict[str, float]:
+    """GiB of one GPU by part; they sum to the card where the model fits."""
+    graphs = memory.cuda_graph.size_bytes if memory.graphs_charged else 0.0
+    sizes = (
+        memory.weights.size_bytes,
+        memory.activation.size_bytes,
+        memory.non_torch.size_bytes,
+        graphs,
+        memory.kv_cache_bytes,
+        memory.gpu.memory_bytes - memory.budget.size_bytes,
+    )
+    return dict(zip(PARTS, map(gib, sizes), strict=True))
+
+
+def memory_by_gpu(held: Sequence[Held], *, ax: Axes | None = None) -> Axes:
+    """Stacked bars: where one GPU's memory goes, with the sessions that the pool holds beside each."""
+    ax = ax or plt.gca()
+    left = np.zeros(len(held))
+    parts = [parts_gib(one.memory) for one in held]
+    for name, colour in PARTS.items():
+        widths = np.array([part[name] for part in parts])
+        ax.barh(range(len(held)), widths, left=left, color=colour, label=name, height=0.62)
+        left += widths
+    widest = max(max(left), max(gib(one.memory.gpu.memory_bytes) for one in held))
+    for row, one in enumerate(held):
+        visible = gib(one.memory.gpu.memory_bytes)
+        ax.plot([visible, visible], [row - 0.42, row + 0.42], color="#1f2429", linewidth=1.6)
+        count = one.answer.max_concurrent_sessions
+        text = f"{count:,} sessions" if one.memory.pool.size_bytes > 0 else "does not start"
+        ax.text(max(left[row], visible) + 0.015 * widest, row, text, va="center", fontsize=9)
+    ax.set_yticks(range(len(held)), [short_name(one.memory.gpu) for one in held])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="Memory of one GPU (GiB); the black line is what CUDA reports")
+    ax.set_xlim(0, 1.22 * widest)
+    pools = [part["KV pool"] for part in parts]
+    finding = f"The same model leaves {min(pools):.0f} to {max(pools):.0f} GiB for KV cache"
+    _title(ax, finding, held[0].memory)
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2), handlelength=1.2)
+    return ax
+
+
+def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axes | None = None) -> Axes:
+    """Lines: sessions in each pool by context length; a cross marks the asked (tokens, sessions)."""
+    ax = ax or plt.gca()
+    longest = min(131_072, held[0].memory.model.max_position_embeddings)
+    contexts = [2**power for power in range(10, int(np.log2(longest)) + 1)]
+    ends: list[tuple[int, float, str, str]] = []
+    for one in held:
+        curves = {
+            pool: np.array([one.memory.concurrency(n, pool) for n in contexts])
+            for pool in (None, *one.memory.kv_cache_bytes_interval)
+        }
+        counts, colour = curves[None], gpu_colour(one.memory.gpu.key)
+        count = int(sum(counts >= 1))
+        if not count:
+            continue
+        last, end = contexts[count - 1], float(counts[count - 1])
+        twin = any(x == last and abs(end / y - 1) < 0.03 for x, y, *_ in ends)
+        ax.plot(contexts, counts, color=colour, linewidth=1.2 if twin else 3.0)
+        low, high = list(curves.values())[-2:]
+        ax.fill_between(contexts, low, high, color=colour, alpha=0.25, linewidth=0)
+        number = f"{one.memory.config.gpu_count}x " if one.memory.config.gpu_count > 1 else ""
+        ends.append((last, end, number + short_name(one.memory.gpu), colour))
+    ax.plot(*asked, marker="X", markersize=10, color="#1f2429", linestyle="none")
+    ax.annotate(f"asked: {asked[1]:,}", asked, xytext=(-9, -14), textcoords="offset points", ha="right")
+    _log2(ax, contexts)
+    ax.set(yscale="log", xlabel="Context of a session (tokens)", ylabel="Sessions in the KV pool")
+    ax.set_ylim(bottom=0.8)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _label_ends(ax, ends)
+    fitting = [one for one in held if one.memory.concurrency(asked[0]) >= asked[1]]
+    finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)} GPUs"
+    _title(ax, finding, held[0].memory)
+    return ax
+
+
+def pool_by_max_num_seqs(
+    spec: ModelSpec,
+    gpu: GpuSpec,
+    config: EngineConfig,
+    versions: Sequence[str],
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Lines: GiB of KV pool by --max-num-seqs, one per engine version; a tick marks its default."""
+    ax = ax or plt.gca()
+    seqs = [2**power for power in range(4, 12)]
+    ends: list[tuple[int, float, str, str]] = []
+    lost = 0.0
+    for index, version in enumerate(versions):
+        base, colour = replace(config, engine_version=version, max_num_seqs=None), f"C{index}"
+        plans = [plan(spec, gpu, replace(base, max_num_seqs=count)) for count in seqs]
+        pools = [gib(one.pool.size_bytes) for one in plans]
+        ax.plot(seqs, pools, color=colour)
+        default = plan(spec, gpu, base)
+        at = (default.config.max_num_seqs, gib(default.pool.size_bytes))
+        ax.plot(*at, "|", color=colour, markersize=18, markeredgewidth=2)
+        ax.annotate("default", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
+        ends.append((seqs[-1], pools[-1], f"{config.engine} {version}", colour))
+        lost = pools[0] - pools[-1]
+    _log2(ax, seqs)
+    _label_ends(ax, ends)
+    ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
+    finding = f"In {versions[-1]}, raising --max-num-seqs to {seqs[-1]:,} costs {lost:.1f} GiB of pool"
+    _title(ax, finding, default)
+    return ax
+
+
+def short_name(gpu: GpuSpec) -> str:
+    """The GPU's name without its maker."""
+    return gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")
+
+
+def _title(ax: Axes, finding: str, memory: MemoryPlan) -> None:
+    config = memory.config
+    subtitle = f"{memory.model.key} · {config.quantization} · {config.engine} {config.engine_version} · modelled"
+    ax.set_title(finding, pad=22)
+    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#667079", va="bottom")
+
+
+def _log2(ax: Axes, ticks: Sequence[int]) -> None:
+    """A log2 x axis with its ticks written out, 1,024 as 1K."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])
+    ax.minorticks_off()
+
+
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Each line's (x, y, name, colour) written at its right end, moved apart where they would overlap."""
+    ax.margins(x=0.02)
+    to_points = ax.transData.transform
+    above: dict[float, float] = {}
+    for x, y, name, colour in sorted(ends):
+        height = to_points((x, y))[1]
+        placed = max(height, above.get(x, -np.inf) + 17)
+        above[x] = placed
+        offset = (6, (placed - height) * 72 / ax.figure.dpi)
+        ax.annotate(
+            name, (x, y), xytext=offset, textcoords="offset points", va="center", fontsize=9,
+            color=colour, annotation_clip=False,
+        )  # fmt: skip

@@ -1,0 +1,179 @@
+"""A scenario: the agents of one user, written down once, and what a GPU holds of them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from kit.catalog import GpuSpec, ModelSpec
+from kit.catalog import model as find_model
+from kit.catalog.paths import DATA, load_yaml
+from kit.engine_config import EngineConfig, tensor_parallel_sizes
+from kit.errors import UserError
+from kit.memory import MemoryPlan, plan
+from kit.memory.packing import Packing, pack
+from kit.memory.sessions import Answer, Demand, answer, context_by_turn
+from kit.memory.shape import Term
+from kit.units import GIB
+
+COUNTS = (1, 2, 4, 8)  # GPUs of one replica that are tried, one node at most
+
+
+class Strict(BaseModel):
+    """Immutable, and an unknown field is a mistake."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Role(Strict):
+    """One engine of a scenario that runs several."""
+
+    role: str
+    model: str
+    sessions: PositiveInt
+    context_tokens: PositiveInt
+
+
+class Scenario(Strict):
+    """The fields of data/scenarios/*.yaml; data/README.md says what each means."""
+
+    model: str
+    sessions: PositiveInt
+    context_tokens: PositiveInt
+    key: str = "own"
+    title: str = "My scenario"
+    question: str = ""
+    source: str = ""
+    date: str = ""
+    models: tuple[Role, ...] = ()
+    quantization: str | None = None
+    gpus: tuple[str, ...] = ()
+    gpu_count: PositiveInt = 1
+    paused_sessions: NonNegativeInt = 0
+    turns: PositiveInt = 1
+    input_tokens_first_turn: PositiveInt = 1000
+    tokens_added_per_turn: NonNegativeInt = 200
+    output_tokens_per_turn: PositiveInt = 200
+    arrivals: dict[str, Any] = {"kind": "steady"}
+    slo: dict[str, float | None] = {"ttft_s": 0.5, "tpot_s": 0.05, "e2el_s": None}
+    conversations_per_day: PositiveInt | None = None
+    workload: str = ""
+    assumed: tuple[str, ...] = ()
+    notes: str = ""
+
+    @property
+    def growth_tokens(self) -> list[int]:
+        """Context after each turn, tokens."""
+        first, added = self.input_tokens_first_turn, self.tokens_added_per_turn
+        return context_by_turn(first, added, self.output_tokens_per_turn, self.turns)
+
+    def demand(self, headroom_fraction: float = 0.0) -> Demand:
+        """The sessions to hold at their longest context."""
+        return Demand(
+            context_tokens=self.context_tokens,
+            sessions=self.sessions,
+            paused_sessions=self.paused_sessions,
+            headroom_fraction=headroom_fraction,
+        )
+
+    def config(self, spec: ModelSpec, **flags: Any) -> EngineConfig:
+        """The engine's flags for it: requests no longer than its longest context."""
+        length = min(self.context_tokens, spec.max_position_embeddings)
+        given = {"quantization": self.quantization, "max_model_len": length, **flags}
+        return EngineConfig(**{name: value for name, value in given.items() if value})
+
+
+def load(name: str | Path) -> Scenario:
+    """The scenario of a file, or of a key of data/scenarios."""
+    bundled = {path.stem: path for path in sorted((DATA / "scenarios").glob("*.yaml"))}
+    path = bundled.get(str(name), Path(name))
+    if not path.is_file():
+        raise UserError(f"scenario {str(name)!r}: no such file; bundled: {', '.join(bundled)}")
+    record = load_yaml(path)
+    if not isinstance(record, dict):
+        raise UserError(f"scenario {path}: not a mapping of names to values")
+    try:
+        return Scenario(**{"key": path.stem, **record})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"scenario {path}: {where}: {first['msg'].lower()}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one replica holds, with the 90 % interval of the sessions."""
+
+    memory: MemoryPlan
+    answer: Answer
+    sessions_interval: tuple[int, int]
+
+
+def hold(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> Held:
+    """Memory, answer and interval of one replica on config.gpu_count GPUs."""
+    memory = plan(spec, gpu, parallel(spec, config))
+    low, high = (
+        answer(replace(memory, pool=Term(size, 0.0)), demand).max_concurrent_sessions
+        for size in memory.kv_cache_bytes_interval
+    )
+    return Held(memory, answer(memory, demand), (low, high))
+
+
+def parallel(spec: ModelSpec, config: EngineConfig) -> EngineConfig:
+    """The GPUs split into the largest TP that can run, times PP; kept where the user chose.
+
+    >>> parallel(find_model("llama-3.1-70b"), EngineConfig(gpu_count=3)).pipeline_parallel_size
+    3
+    """
+    if config.tensor_parallel_size or config.pipeline_parallel_size > 1:
+        return config
+    sizes = tensor_parallel_sizes(spec, config.gpu_count)
+    tensor = max(size for size in sizes if config.gpu_count % size == 0)
+    stages = config.gpu_count // tensor
+    return replace(config, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+
+
+def smallest_count(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> Held | None:
+    """The fewest GPUs of that kind that hold the demand, None where eight do not."""
+    for count in COUNTS:
+        held = hold(spec, gpu, replace(config, gpu_count=count), demand)
+        if held.answer.fits:
+            return held
+    return None
+
+
+def pack_roles(scenario: Scenario, gpu: GpuSpec, config: EngineConfig) -> list[Packing]:
+    """Every role's own engine, dealt over the scenario's GPUs; one packing per GPU."""
+    engines = [
+        (
+            find_model(role.model),
+            replace(config, gpu_count=1, max_model_len=role.context_tokens),
+            Demand(context_tokens=role.context_tokens, sessions=role.sessions),
+        )
+        for role in scenario.models
+    ]
+    count = min(config.gpu_count, len(engines))
+    return [pack(gpu, engines[first::count]) for first in range(count)]
+
+
+def row(scenario: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> dict[str, Any]:
+    """One line of the answer: does that GPU hold the scenario, how many sessions, what limits them."""
+    count, gpu_row = config.gpu_count, {"gpu": gpu.key, "count": config.gpu_count}
+    if scenario.models and spec.key == find_model(scenario.model).key:
+        packings = pack_roles(scenario, gpu, config)
+        fits = all(packing.fits for packing in packings)
+        held = sum(share.sessions for packing in packings for share in packing.shares)
+        left = min(packing.leftover_bytes for packing in packings)
+        limit = f"memory ({left / GIB:+.1f} GiB left)"
+        return {**gpu_row, "fits": fits, "sessions": held if fits else 0, "limited_by": limit}
+    found = hold(spec, gpu, config, scenario.demand())
+    low, high = found.sessions_interval
+    return {
+        **gpu_row,
+        "fits": found.answer.fits,
+        "sessions": found.answer.max_concurrent_sessions,
+        "interval": f"{low} to {high}",
+        "limited_by": found.answer.limited_by,
+        "kv_pool_gib": found.memory.pool.size_bytes * count / GIB,
+    }
