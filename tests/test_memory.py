@@ -247,3 +247,13 @@ def test_published_logs() -> None:
     assert 0.85 <= found.coverage <= 0.95
     others = [row for row in rows if not row.cluster.startswith(memory_accuracy.CAMPAIGN)]
     assert memory_accuracy.summary(others).median <= 0.01
+
+
+def test_second_model_runner_drops_the_sampler_copies_and_for_a_while_the_graphs() -> None:
+    """Dense models from 0.25, all from 0.29; its graph estimate was a stub until then (#49224)."""
+    dense = {v: plan(LLAMA, H100, of(v, gpu_memory_utilization=0.9)) for v in ("0.24.0", "0.25.0", "0.29.0")}
+    assert dense["0.24.0"].activation.size_bytes > dense["0.25.0"].activation.size_bytes
+    assert [dense[v].graphs_charged for v in dense] == [True, False, True]
+    hybrid = model("qwen3.5-27b")
+    assert plan(hybrid, H100, of("0.26.0")).graphs_charged
+    assert plan(hybrid, H100, of("0.26.0")).activation == plan(hybrid, H100, of("0.24.0")).activation

@@ -68,8 +68,8 @@ def plan(model: ModelSpec, gpu: GpuSpec, config: EngineConfig | ResolvedConfig) 
 
 
 def _rank_plan(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, stage: Stage) -> MemoryPlan:
-    rule = engine_data(config.engine)["memory"]
-    profiled = engine_data("vllm")["memory"]  # shapes of a forward pass, whichever engine runs it
+    profiled = vllm.rule_of(model, config)  # shapes of a forward pass, whichever engine runs it
+    rule = profiled if config.engine == "vllm" else engine_data(config.engine)["memory"]
     weights = weights_term(model, config, stage)
     activation = vllm.activation(model, gpu, config, stage, profiled)
     graphs = vllm.cuda_graphs(model, config, profiled)

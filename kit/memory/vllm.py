@@ -9,10 +9,19 @@ from math import ceil
 from typing import Any
 
 from kit.catalog import GpuSpec, ModelSpec
-from kit.engine_config import ResolvedConfig, by_version
+from kit.engine_config import ResolvedConfig, by_version, engine_data, version_tuple
 from kit.memory.shape import Term
 from kit.memory.weights import Stage
 from kit.units import GIB, MIB
+
+
+def rule_of(model: ModelSpec, config: ResolvedConfig) -> dict[str, Any]:
+    """The constants of that version's model runner: the first one, or the second where it is the default."""
+    rule: dict[str, Any] = engine_data("vllm")["memory"]
+    second, version = rule["model_runner_v2"], version_tuple(config.engine_version)
+    dense = model.moe is None and not model.state
+    begins = version_tuple(second["dense_from" if dense else "all_from"])
+    return {**rule, **second} if config.engine == "vllm" and version >= begins else rule
 
 
 def budget(gpu: GpuSpec, config: ResolvedConfig) -> Term:
