@@ -21,7 +21,7 @@ RANKS = {
     0: ["errors", "units"],
     1: ["catalog", "metrics"],
     2: ["engine_config", "prices"],
-    3: ["memory", "steptime"],
+    3: ["memory", "steptime", "telemetry"],
     4: ["scheduler"],
     5: ["workload"],
     6: ["scenario", "simulator", "emulator"],

@@ -108,7 +108,8 @@ def _run_level(
     target: Target, level: Level, prompts: PromptModel, options: Options, path: Path | None
 ) -> dict[str, Any]:
     workers = _workers(level, options)
-    watch = ServerWatch(options.metrics_url or _metrics_url(target))
+    gpu_log = path.with_name("gpu.jsonl") if path else None
+    watch = ServerWatch(options.metrics_url or _metrics_url(target), gpu_log)
     crew = [
         _Worker(Job(target, share, prompts, str(path) if path else None))
         for share in level.deal(workers)

@@ -1,59 +1,25 @@
-"""The other side during a run: the server's metrics page and, on this machine, its GPUs."""
+"""The other side during a run: the server's own metrics page and, where it is this machine, its GPUs."""
 
 import http.client
-import re
 import urllib.request
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kit.catalog.paths import DATA, load_yaml
+from kit.telemetry import GpuSampler, ServerMetrics, read_page
 
 SCRAPE_TIMEOUT_S = 2.0
-SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)", re.MULTILINE)
-GAUGES = ("running", "waiting", "kv_cache_usage", "prefix_hit_rate")
-FRACTIONS = ("kv_cache_usage", "prefix_hit_rate")  # the mean over replicas; other values add up
-COUNTERS = ("preemptions", "prefix_hits", "prefix_queries")
-
-
-def read_page(page: str) -> dict[str, float]:
-    """Our quantities from a Prometheus page; those that it does not expose are absent.
-
-    >>> read_page('vllm:num_requests_running{engine="0"} 3.0\\nvllm:num_requests_running 4')
-    {'running': 7.0}
-    """
-    samples: dict[str, list[float]] = {}
-    for name, value in SAMPLE.findall(page):
-        samples.setdefault(name, []).append(float(value))
-    found: dict[str, float] = {}
-    for names in load_yaml(DATA / "engines" / "metrics.yaml").values():
-        for quantity, spellings in names.items():
-            if quantity == "ttft":
-                found |= _first(samples, [name + "_sum" for name in spellings], "ttft_sum")
-                found |= _first(samples, [name + "_count" for name in spellings], "ttft_count")
-            else:
-                both = [name + end for name in spellings for end in ("", "_total")]
-                found |= _first(samples, both, quantity)
-    return found
-
-
-def _first(
-    samples: dict[str, list[float]], spellings: Iterable[str], quantity: str
-) -> dict[str, float]:
-    for name in spellings:
-        if name in samples:
-            values = samples[name]
-            return {quantity: sum(values) / (len(values) if quantity in FRACTIONS else 1)}
-    return {}
+GAUGES = ("running", "waiting", "kv_cache_usage")
 
 
 class ServerWatch:
     """Scrapes a metrics page about once a second; says None for what it does not expose."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, gpu_log: Path | None = None) -> None:
         self.url = url
-        self.pages: list[dict[str, float]] = []
-        self.gpus = _GpuWatch() if urlsplit(url).hostname in ("127.0.0.1", "localhost") else None
+        self.pages: list[ServerMetrics] = []
+        local = urlsplit(url).hostname in ("127.0.0.1", "localhost")
+        self.gpus = GpuSampler(gpu_log) if local else None
         self.exposed = self.poll()
 
     def poll(self) -> bool:
@@ -72,58 +38,37 @@ class ServerWatch:
 
     def result(self) -> dict[str, Any]:
         """Highest gauges, counted events, prefix hits and mean TTFT of the server over the run."""
-        first, last = (self.pages[0], self.pages[-1]) if self.pages else ({}, {})
         told: dict[str, Any] = {}
         for name in GAUGES:
-            values = [page[name] for page in self.pages if name in page]
+            values = [one for page in self.pages if (one := getattr(page, name)) is not None]
             told[name] = max(values) if values else None
             told[name + "_mean"] = sum(values) / len(values) if values else None
-        grown = {name: last[name] - first.get(name, 0.0) for name in last}
-        queries = grown.get("prefix_queries")
-        hits = grown.get("prefix_hits", 0.0) / queries if queries else told["prefix_hit_rate_mean"]
-        counted = grown.get("ttft_count")
+        counted, seconds = self._ttft()
         return {
-            **{name: value for name, value in told.items() if "prefix" not in name},
-            "preemptions": grown.get("preemptions"),
-            "prefix_hit_fraction": hits,
-            "ttft_mean_s": grown["ttft_sum"] / counted if counted and "ttft_sum" in grown else None,
+            **told,
+            "preemptions": self._grown("preemptions"),
+            "prefix_hit_fraction": self._prefix_hit_fraction(),
+            "ttft_mean_s": seconds / counted if counted and seconds is not None else None,
             "ttft_count": counted,
         }
 
+    def _grown(self, counter: str) -> float | None:
+        values = [one for page in self.pages if (one := getattr(page, counter)) is not None]
+        return values[-1] - values[0] if values else None
 
-class _GpuWatch:
-    """Utilisation, memory and power of this machine's NVIDIA GPUs; none where NVML is not there."""
+    def _prefix_hit_fraction(self) -> float | None:
+        """Hit share of the prompt tokens of this run; else the mean of the gauge."""
+        hits, queries = self._grown("prefix_hits"), self._grown("prefix_queries")
+        if queries and hits is not None:
+            return hits / queries
+        rates = [page.prefix_hit_rate for page in self.pages if page.prefix_hit_rate is not None]
+        return sum(rates) / len(rates) if rates else None
 
-    def __init__(self) -> None:
-        import pynvml
-
-        self.nvml, self.handles = pynvml, []
-        self.samples: list[tuple[float, float, float]] = []
-        try:
-            pynvml.nvmlInit()
-            found = range(pynvml.nvmlDeviceGetCount())
-            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in found]
-        except pynvml.NVMLError:
-            return
-
-    def poll(self) -> None:
-        for handle in self.handles:
-            try:
-                busy = self.nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-                used = self.nvml.nvmlDeviceGetMemoryInfo(handle).used
-                watts = self.nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
-            except self.nvml.NVMLError:
-                continue
-            self.samples.append((busy, float(used), watts))
-
-    def result(self) -> dict[str, Any] | None:
-        """Means over GPUs and samples, and the most memory used by one GPU; None without a GPU."""
-        if not self.samples:
-            return None
-        busy, used, watts = zip(*self.samples, strict=True)
-        return {
-            "gpus": len(self.handles),
-            "utilization_fraction": sum(busy) / len(busy),
-            "memory_used_bytes": max(used),
-            "power_w": sum(watts) / len(watts),
-        }
+    def _ttft(self) -> tuple[float | None, float | None]:
+        """Requests of this run that the server's TTFT histogram counted, and their seconds."""
+        seen = [page.histograms["ttft"] for page in self.pages if "ttft" in page.histograms]
+        if not seen:
+            return None, None
+        new = len(seen) < len(self.pages)  # the histogram was born during this run
+        first, last = seen[0], seen[-1]
+        return (last.count, last.sum) if new else (last.count - first.count, last.sum - first.sum)

@@ -1,0 +1,160 @@
+"""What a server and its GPUs tell of themselves: one reader for every engine's metrics page, and NVML."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit.engine_config import ENGINES, engine_data
+
+# A replica's own share: several label sets give a mean, where other values add up.
+FRACTIONS = ("kv_cache_usage", "prefix_hit_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Cumulative counts by upper edge."""
+
+    count: float
+    sum: float
+    buckets: dict[float, float]
+
+    def fraction_within(self, limit: float) -> float | None:
+        """Share of observations up to `limit`; None where no edge lies there (or nothing was seen).
+
+        >>> seconds = Histogram(4, 2.0, {0.4: 2, 0.6: 3, float("inf"): 4})
+        >>> seconds.fraction_within(0.6), seconds.fraction_within(0.5)
+        (0.75, None)
+        """
+        if limit not in self.buckets or not self.count:
+            return None
+        return self.buckets[limit] / self.count
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMetrics:
+    """One page in our words; None says that this engine does not expose it."""
+
+    engine: str
+    running: float | None = None
+    waiting: float | None = None
+    kv_cache_usage: float | None = None  # fraction
+    preemptions: float | None = None
+    prefix_hits: float | None = None  # tokens
+    prefix_queries: float | None = None  # tokens
+    prefix_hit_rate: float | None = None  # fraction, where only a gauge tells it
+    prompt_tokens: float | None = None
+    generation_tokens: float | None = None
+    refused: float | None = None
+    kv_cache_tokens: float | None = None
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+
+
+def read_page(page: str) -> ServerMetrics | None:
+    """The page in our words; None where no known engine speaks on it.
+
+    >>> read_page('vllm:num_requests_running{engine="0"} 3\\nvllm:num_requests_running{engine="1"} 4\\n').running
+    7.0
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    try:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                samples.setdefault(sample.name, []).append((sample.labels, sample.value))
+    except ValueError:
+        return None  # not a Prometheus page
+    for engine in ENGINES:
+        table = engine_data(engine)["metrics"]
+        if any(name.startswith(table["prefix"]) for name in samples):
+            values = {name: _value(samples, name, table) for name in table["names"]}
+            seconds = {name: _histogram(samples, eras) for name, eras in table["histograms"].items()}
+            told = {name: one for name, one in seconds.items() if one is not None}
+            return ServerMetrics(engine, **values, histograms=told)
+    return None
+
+
+def spellings(eras: Any) -> Iterator[str]:
+    """Every name that a quantity has had, the newest first."""
+    if isinstance(eras, list):
+        yield from (era["value"] for era in reversed(eras))
+    elif eras:
+        yield eras
+
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def _value(samples: Samples, quantity: str, table: dict[str, Any]) -> float | None:
+    for spelling in spellings(table["names"][quantity]):
+        name, _, label = spelling.partition("@")
+        found = samples.get(name) or samples.get(name.removesuffix("_total"), [])
+        texts = [labels.get(label, "") for labels, _ in found] if label else []
+        values = [float(text) for text in texts if text.isdigit()] if label else [v for _, v in found]
+        if values:
+            return sum(values) / (len(values) if quantity in FRACTIONS else 1)
+    return 0.0 if quantity in table["born_with_first_event"] else None
+
+
+def _histogram(samples: Samples, eras: Any) -> Histogram | None:
+    for name in spellings(eras):
+        if name + "_count" not in samples:
+            continue
+        buckets: dict[float, float] = {}
+        for labels, count in samples.get(name + "_bucket", []):
+            edge = float(labels["le"])
+            buckets[edge] = buckets.get(edge, 0.0) + count
+        count, total = (sum(v for _, v in samples.get(name + end, [])) for end in ("_count", "_sum"))
+        return Histogram(count, total, buckets)
+    return None
+
+
+class GpuSampler:
+    """VRAM, utilisation and power of this machine's NVIDIA GPUs; no samples where NVML is not there.
+
+    Every sample is appended to `path` at once, so that an interrupted run keeps what it measured.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        import pynvml
+
+        self.nvml, self.path, self.handles = pynvml, path, []
+        self.samples: list[dict[str, float]] = []
+        try:
+            pynvml.nvmlInit()
+            found = range(pynvml.nvmlDeviceGetCount())
+            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in found]
+        except pynvml.NVMLError:
+            return
+
+    def poll(self) -> None:
+        """Take one sample of every GPU."""
+        for index, handle in enumerate(self.handles):
+            try:
+                sample = {
+                    "time_s": time.time(),
+                    "gpu": index,
+                    "memory_used_bytes": self.nvml.nvmlDeviceGetMemoryInfo(handle).used,
+                    "utilization_fraction": self.nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+                    "power_w": self.nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+                }
+            except self.nvml.NVMLError:
+                continue
+            self.samples.append(sample)
+            if self.path:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(sample) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """Means over GPUs and samples, and the most memory used by one GPU; None without a GPU."""
+        if not self.samples:
+            return None
+        mean = {
+            name: sum(one[name] for one in self.samples) / len(self.samples)
+            for name in ("utilization_fraction", "power_w")
+        }
+        most = max(one["memory_used_bytes"] for one in self.samples)
+        return {"gpus": len(self.handles), **mean, "memory_used_bytes": most}
