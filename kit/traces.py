@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,7 @@ class Trace:
 
     def block_paths(self, block_tokens: int) -> list[tuple[tuple[int, int], ...]]:
         """The calls' paths in hash blocks, partial last ones included."""
-        return [
-            tuple((extent, -(-tokens // block_tokens)) for extent, tokens in call.path)
-            for call in self.calls
-        ]
+        return [tuple((extent, -(-tokens // block_tokens)) for extent, tokens in call.path) for call in self.calls]
 
 
 def _session(key: int, calls: list[Call]) -> Session:
@@ -98,7 +96,10 @@ def read(file: str, trace_format: str) -> Trace:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"no such trace file: {file}")
-    trace = READERS[trace_format](path)
+    try:
+        trace = READERS[trace_format](path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: not a text file ({error})") from None
     if not trace.calls:
         raise UserError(f"{file}: the trace has no requests")
     trace.calls.sort(key=lambda call: call.arrival_s)
@@ -111,9 +112,7 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
         reader = csv.DictReader(lines)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing and reader.fieldnames:
-            raise UserError(
-                f"{path} line 1: no column {missing[0]!r}; it needs {', '.join(columns)}"
-            )
+            raise UserError(f"{path} line 1: no column {missing[0]!r}; it needs {', '.join(columns)}")
         for row in reader:
             yield reader.line_num, row
 
@@ -124,7 +123,7 @@ def _call(path: Path, line: int, parse: Callable[[Any], Call], row: object) -> C
         call = parse(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} line {line}: {error}") from None
-    if call.input_len < 1 or call.output_len < 0 or not call.arrival_s >= 0:
+    if call.input_len < 1 or call.output_len < 0 or not 0 <= call.arrival_s < inf:
         raise UserError(
             f"{path} line {line}: input {call.input_len}, output {call.output_len} tokens at "
             f"{call.arrival_s:g} s: lengths and times cannot be negative, an input not empty"
@@ -147,7 +146,8 @@ def _mooncake(path: Path) -> Trace:
     def parse(text: str) -> Call:
         row = json.loads(text)
         ids = [int(i) for i in row["hash_ids"]]
-        call = Call(row["timestamp"] / 1e3, row["input_length"], row["output_length"], hash_ids=ids)
+        lengths = int(row["input_length"]), int(row["output_length"])
+        call = Call(float(row["timestamp"]) / 1e3, *lengths, hash_ids=ids)
         if len(ids) != -(-call.input_len // MOONCAKE_BLOCK_TOKENS):
             raise ValueError(f"{len(ids)} hash_ids do not cover {call.input_len} tokens")
         return call
@@ -167,9 +167,7 @@ def _set_paths(calls: list[Call]) -> None:
     walks: list[list[int]] = []
     for call in calls:
         node = -1
-        walks.append(
-            [node := nodes.setdefault((node, block), len(nodes)) for block in call.hash_ids]
-        )
+        walks.append([node := nodes.setdefault((node, block), len(nodes)) for block in call.hash_ids])
     parents = [parent for parent, _ in nodes]
     children = [0] * len(nodes)
     for parent in parents:

@@ -77,7 +77,9 @@ class Scheduler:
         self._plan_prefill(batch, budget)
         if not self.config.mixed_steps and not batch.chunks:
             self._plan_decodes(batch)
-        return batch if batch.chunks or batch.decodes else None
+        if batch.chunks or batch.decodes:
+            return batch
+        return self.plan() if batch.preempted else None  # the only one running starts anew
 
     def horizon(self, batch: Batch) -> int:
         """Steps that the planned batch repeats unchanged: to the next finish or lack of blocks."""
@@ -258,6 +260,8 @@ class Scheduler:
         """Send the last admitted request back to the head of the queue, to be recomputed."""
         request = self.running[next(reversed(self.running))]
         self._release(request)
+        if not self.running:  # alone, so blocks that its path holds but it does not use are in the way
+            self.pool.drop(request.path)
         request.target = request.input_len + request.generated
         request.preemptions += 1
         self.preemptions += 1

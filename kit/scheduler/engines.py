@@ -22,9 +22,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def scheduler_config(
-    config: ResolvedConfig, kv_cache_tokens: int, **limits: Any
-) -> SchedulerConfig:
+def scheduler_config(config: ResolvedConfig, kv_cache_tokens: int, **limits: Any) -> SchedulerConfig:
     """Limits and policy of a replica whose KV cache holds `kv_cache_tokens`."""
     if kv_cache_tokens < config.block_size:
         raise UserError("the model leaves no room for a KV cache on this GPU (see kit size)")

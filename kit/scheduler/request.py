@@ -32,9 +32,7 @@ class Request:
         "slots0", "target", "times",
     )  # fmt: skip
 
-    def __init__(
-        self, key: int, input_len: int, output_len: int, path: Path = (), owner: Any = None
-    ) -> None:
+    def __init__(self, key: int, input_len: int, output_len: int, path: Path = (), owner: Any = None) -> None:
         self.key, self.input_len, self.output_len = key, input_len, output_len
         self.path, self.owner = path, owner
         self.target = input_len  # tokens to prefill: more after a preemption

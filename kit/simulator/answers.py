@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.float64]
 PAUSES_S = (0.0, 1.0, 10.0, 60.0, 300.0, 3600.0, float("inf"))
 CACHED_FRACTION = 0.9  # a turn is a hit when this much of what it could reuse was cached
 SERIES_POINTS = 120
+MODELLED = ("ttft_s_mean", "ttft_s_p50", "tpot_s_mean", "output_tokens_per_s")
 LARGEST_BURST_TRIED = 16_384
 
 
@@ -25,7 +26,7 @@ def answers(
 ) -> dict[str, Any]:
     """Every answer of one run under the names of `kit simulate --json`."""
     turns = _columns(sim)
-    requests, keys = _requests(sim, turns, slo_ttft_s)
+    requests, in_burst = _requests(sim, turns, slo_ttft_s, burst_keys)
     good = metrics.meets_slo(requests, slo_ttft_s, slo_tpot_s)
     has_slo = slo_ttft_s is not None or slo_tpot_s is not None
     done = int(turns["turn"].size)
@@ -34,13 +35,14 @@ def answers(
     asked = sum(scheduler.query_tokens for scheduler in pools)
     span_s = sim.now / TICKS_PER_S
     return {
-        **_latency(sim, turns, requests, len(keys) - done),
+        **_latency(sim, turns, requests, len(in_burst) - done),
+        "intervals": dict.fromkeys(MODELLED),  # unknown: the step time is not calibrated
         "output_tokens_per_s": float(turns["output_len"].sum()) / span_s if span_s else None,
         "requests_per_s": done / span_s if span_s else None,
         "limited_by": _limited_by(sim, turns),
         "completed": done,
-        "refused": len(sim.refused_at),
-        "unfinished": sim.planned - done - len(sim.refused_at),
+        "refused": len(sim.refused),
+        "unfinished": sim.planned - done - len(sim.refused),
         "turns": sim.planned,
         "refusals": sim.refusals,
         "prefix_hit_fraction": sum(s.hit_tokens for s in pools) / asked if asked else None,
@@ -49,8 +51,8 @@ def answers(
             "mean": float(np.mean(usage)),
             "max": max(scheduler.peak_used / scheduler.pool.total for scheduler in pools),
         },
-        "slo_attainment_fraction": float(good.mean()) if has_slo and len(keys) else None,
-        "burst": _burst(requests, np.isin(keys, list(burst_keys)), slo_ttft_s),
+        "slo_attainment_fraction": float(good.mean()) if has_slo and len(in_burst) else None,
+        "burst": _burst(requests, in_burst, slo_ttft_s),
         "sessions": _sessions(turns, span_s),
         "prefix_still_cached": _still_cached(turns),
         "ttft_mixture": _mixture(turns),
@@ -89,35 +91,35 @@ def _columns(sim: Simulation) -> dict[str, Floats]:
 
 
 def _requests(
-    sim: Simulation, turns: dict[str, Floats], slo_ttft_s: float | None
-) -> tuple[metrics.Requests, Floats]:
-    """Turns that can be judged (completed, refused, late in flight), and their sessions' keys."""
-    late = [
-        request
-        for request in sim.in_flight.values()
-        if len(request.times) < 3
-        and slo_ttft_s is not None
-        and sim.now - request.times[0] > slo_ttft_s * TICKS_PER_S
+    sim: Simulation, turns: dict[str, Floats], slo_ttft_s: float | None, burst_keys: set[int]
+) -> tuple[metrics.Requests, metrics.Bools]:
+    """Turns that can be judged (completed, refused, late in flight); which start the burst."""
+    limit = float("inf") if slo_ttft_s is None else slo_ttft_s * TICKS_PER_S
+    missed = sim.refused + [
+        request for request in sim.in_flight.values() if len(request.times) < 3 and sim.now - request.times[0] > limit
     ]
-    missed = [(r.times[0] / TICKS_PER_S, r.owner.session.key) for r in late] + sim.refused_at
-    never = np.full(len(missed), np.nan)
-    at_s = np.array([at for at, _ in missed], dtype=float)
+    rest = {
+        "arrival_s": [request.times[0] / TICKS_PER_S for request in missed],
+        "key": [request.owner.session.key for request in missed],
+        "turn": [request.owner.turn for request in missed],
+        "session": [request.owner.number for request in missed],
+    }
 
-    def join(name: str, rest: Floats) -> Floats:
-        return np.concatenate([turns[name], rest])
+    def join(name: str) -> Floats:
+        return np.concatenate([turns[name], rest.get(name, [np.nan] * len(missed))])[order]
 
-    arrival, end = join("arrival_s", at_s), join("end_s", never)
+    order = np.arange(len(turns["turn"]) + len(missed))
+    order = np.lexsort((abs(join("session")), join("arrival_s")))
+    arrival, end = join("arrival_s"), join("end_s")
     requests = metrics.Requests(
-        scheduled_s=arrival, sent_s=arrival, first_token_s=join("first_s", never),
-        last_token_s=end, end_s=np.where(np.isnan(end), sim.now / TICKS_PER_S, end),
-        output_tokens=join("output_len", never * 0), ok=~np.isnan(end),
+        scheduled_s=arrival, sent_s=arrival, first_token_s=join("first_s"), last_token_s=end,
+        end_s=np.where(np.isnan(end), sim.now / TICKS_PER_S, end),
+        output_tokens=np.nan_to_num(join("output_len")), ok=~np.isnan(end),
     )  # fmt: skip
-    return requests, join("key", np.array([key for _, key in missed], dtype=float))
+    return requests, np.isin(join("key"), list(burst_keys)) & (join("turn") == 0)
 
 
-def _latency(
-    sim: Simulation, turns: dict[str, Floats], requests: metrics.Requests, misses: int
-) -> dict[str, Any]:
+def _latency(sim: Simulation, turns: dict[str, Floats], requests: metrics.Requests, misses: int) -> dict[str, Any]:
     tpot = requests.tpot_s()
     intervals = sim.intervals
     return {
@@ -144,9 +146,7 @@ def _limited_by(sim: Simulation, turns: dict[str, Floats]) -> str | None:
     return "kv_cache" if full else "prefill"
 
 
-def _burst(
-    requests: metrics.Requests, chosen: metrics.Bools, slo_ttft_s: float | None
-) -> dict[str, Any]:
+def _burst(requests: metrics.Requests, chosen: metrics.Bools, slo_ttft_s: float | None) -> dict[str, Any]:
     """How the burst was taken: the chosen turns, or else those of the busiest minute."""
     at_s = requests.scheduled_s
     if len(at_s) and not chosen.any():

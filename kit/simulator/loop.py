@@ -62,7 +62,7 @@ class Simulation:
         self.route = router(config.routing, self.replicas)
         self.turns = array("d")  # COLUMNS of each completed turn
         self.refusals: dict[str, int] = {}
-        self.refused_at: list[tuple[float, int]] = []  # seconds, session key
+        self.refused: list[Request] = []
         self.planned = self.events = self.now = 0
         self.in_flight: dict[int, Request] = {}
         self.intervals = IntervalHistogram(TICKS_PER_S)
@@ -81,7 +81,10 @@ class Simulation:
             self._play((arrival, 0))
             self._begin(session, arrival, None)
         self._play(None if limit is None else (limit, 0))
-        self.now = self.now if limit is None else limit
+        if limit is not None:
+            self.now = limit
+            for replica in self.replicas:
+                replica.cut(limit, self.intervals)
         return self
 
     def _play(self, stop: tuple[int, int] | None) -> None:
@@ -117,7 +120,7 @@ class Simulation:
         was_empty = not replica.scheduler.waiting
         refusal = replica.scheduler.add(request)
         if refusal is not None:
-            self.refused_at.append((self.now / TICKS_PER_S, state.session.key))
+            self.refused.append(request)
             self.refusals[refusal] = self.refusals.get(refusal, 0) + 1
             self._end_session(state)
             return

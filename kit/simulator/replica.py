@@ -64,6 +64,13 @@ class Replica:
         if self.batch is not None and self.steps > 1:
             self.scheduler.grow(min(self.steps, self.steps_until(now)))
 
+    def cut(self, now: int, intervals: IntervalHistogram) -> None:
+        """Stop in the middle: count the steps of the run that ended before `now`."""
+        done = self.steps_until(now) - 1 if self.batch is not None and self.steps > 1 else 0
+        if done:
+            self.steps, self.end = done, self.start + self.ticks(done)
+            self.finish(intervals)
+
     def finish(self, intervals: IntervalHistogram) -> tuple[list[Request], list[Request]]:
         """End the run at `end`: requests with their first token, and finished ones."""
         batch = self.batch

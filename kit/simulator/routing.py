@@ -7,9 +7,7 @@ from kit.errors import unknown
 from kit.scheduler import Request
 from kit.simulator.replica import Replica
 
-Router = Callable[
-    [Request, Replica | None, int], Replica
-]  # request, replica of the turn before, now
+Router = Callable[[Request, Replica | None, int], Replica]  # request, replica of the turn before, now
 ROUTINGS = ("round-robin", "least-loaded", "session", "prefix")
 
 

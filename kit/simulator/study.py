@@ -48,8 +48,7 @@ class Load:
             return sessions, {session.key for session in sessions}
         middle = (self.duration_s or DEFAULT_DURATION_S) / 2
         extra = [
-            replace(session, key=BURST_KEYS + session.key, arrival_s=middle)
-            for session in self._at_once(self.burst)
+            replace(session, key=BURST_KEYS + session.key, arrival_s=middle) for session in self._at_once(self.burst)
         ]
         load = merge(self._base(), extra, key=lambda session: session.arrival_s)
         return load, {session.key for session in extra}
@@ -67,9 +66,7 @@ class Load:
         if self.source.skipped:
             notes.append(f"{self.source.skipped} recorded calls without output were left out")
         if not self.source.shared_clock:
-            notes.append(
-                "the trace has no common clock: session starts are spread evenly at random"
-            )
+            notes.append("the trace has no common clock: session starts are spread evenly at random")
         return notes
 
     def _base(self) -> Iterator[Session]:
@@ -95,9 +92,7 @@ class Load:
         return [replace(session, arrival_s=0.0) for session in every]
 
 
-def replica(
-    model: ModelSpec, gpu: GpuSpec, config: EngineConfig
-) -> tuple[SchedulerConfig, StepTime, list[str]]:
+def replica(model: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> tuple[SchedulerConfig, StepTime, list[str]]:
     """Scheduler limits, step time and warnings of one replica."""
     resolved = resolve(config, model, gpu)
     memory = plan(model, gpu, resolved)
@@ -124,10 +119,10 @@ def study(
     sessions, burst_keys = load.stream()
     sim = Simulation(config, step_time).run(sessions)
     result = answers(sim, slo_ttft_s, slo_tpot_s, burst_keys)
-    if sim.planned == 0:
-        raise UserError("no session arrives: raise --duration or --sessions")
     result["events"] = sim.events
     result["warnings"] = load.warnings()
+    if sim.planned == 0:
+        result["warnings"].append("no session arrived within the duration")
     if slo_ttft_s is not None:
         cut = replace(config, until_s=slo_ttft_s + config.ready_after_s)
         result["burst"]["largest_passing_burst"] = largest_passing_burst(

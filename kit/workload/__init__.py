@@ -62,10 +62,9 @@ def generate(
     neither, a `step` or `batch` comes once.
     """
     arrivals = workload.arrivals
-    rate = arrivals.mean_rate_per_s()
-    if sessions is not None and duration_s is not None and rate is not None:
-        arrivals = arrivals.scaled(sessions / duration_s / rate)
-    if sessions is None and duration_s is None:
+    if duration_s is not None:
+        arrivals = arrivals.within(duration_s, sessions)
+    elif sessions is None:
         if not isinstance(arrivals, Burst):
             raise UserError("give a number of sessions or a duration: the arrivals never end")
         sessions = arrivals.size

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cache
 from itertools import count
 from typing import Annotated, Literal, Self
 
@@ -28,9 +29,15 @@ class Process(Model, ABC):
 
     def scaled(self, factor: float) -> Self:
         """The same process with every rate multiplied."""
-        return self.model_copy(
-            update={name: value * factor for name, value in self if name.endswith("rate_per_s")}
-        )
+        rates = {name: value * factor for name, value in self if name.endswith("rate_per_s")}
+        return self.model_copy(update=rates)
+
+    def within(self, duration_s: float, sessions: int | None) -> Self:
+        """The process for a window from 0; `sessions`, if given, are expected in it."""
+        rate = self.mean_rate_per_s()
+        if sessions is None or rate is None:
+            return self
+        return self.scaled(sessions / duration_s / rate)
 
 
 class Renewal(Process):
@@ -131,6 +138,13 @@ class OnOff(Process):
         return self._modulated().times(rng)
 
 
+@cache
+def _concentration(peak_to_mean: float) -> float:
+    """k of the wave exp(k cos), whose peak over mean is exp(k) / I0(k)."""
+    ks = np.linspace(0, 700, 70_001)
+    return float(np.interp(peak_to_mean, np.exp(ks) / np.i0(ks), ks))
+
+
 class Diurnal(Process):
     """Poisson with a daily wave: `peak_to_mean` times the mean rate at `peak_at_s`."""
 
@@ -143,15 +157,27 @@ class Diurnal(Process):
     def mean_rate_per_s(self) -> float:
         return self.rate_per_s
 
+    def within(self, duration_s: float, sessions: int | None) -> Self:
+        """As for all; a window shorter than the period is that around the peak."""
+        wave = self
+        if duration_s < self.period_s:
+            wave = self.model_copy(update={"peak_at_s": duration_s / 2})
+        if sessions is None:
+            return wave
+        share = wave._wave(np.linspace(0, duration_s, 10_001)).mean() * wave.peak_to_mean
+        return wave.scaled(sessions / duration_s / (wave.rate_per_s * float(share)))
+
+    def _wave(self, times: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rate over peak rate, positive at any ratio of peak to mean."""
+        k = _concentration(self.peak_to_mean)
+        phase = 2 * np.pi * (times - self.peak_at_s) / self.period_s
+        return np.asarray(np.exp(k * (np.cos(phase) - 1)))
+
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        # exp(k cos) as the wave stays positive at any ratio; k from peak / mean = e^k / I0(k)
-        ratios = np.exp(ks := np.linspace(0, 700, 70_001)) / np.i0(ks)
-        k = float(np.interp(self.peak_to_mean, ratios, ks))
         peak, now = self.rate_per_s * self.peak_to_mean, 0.0
         while True:
             times = now + np.cumsum(rng.exponential(1 / peak, 1024))
-            phase = 2 * np.pi * (times - self.peak_at_s) / self.period_s
-            yield from times[rng.random(1024) < np.exp(k * (np.cos(phase) - 1))].tolist()
+            yield from times[rng.random(1024) < self._wave(times)].tolist()
             now = float(times[-1])
 
 
@@ -181,7 +207,7 @@ class Recorded(Process):
     def times(self, rng: np.random.Generator) -> Iterator[float]:
         from kit.traces import read
 
-        yield from read(self.file, self.format).start_s()
+        yield from (session.arrival_s for session in read(self.file, self.format).sessions())
 
 
 Arrivals = Annotated[
