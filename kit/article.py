@@ -43,14 +43,54 @@ def lines(notebook: str) -> list[Line]:
     return [line(record) for record in records if notebook in record["notebooks"]]
 
 
-def contradictions(notebook: str) -> list[dict[str, str]]:
-    """Where the article contradicts itself, with our numbers filled in."""
-    records = load_yaml(DATA / "article.yaml")["contradictions"]
+def rows(notebook: str) -> list[dict[str, Any]]:
+    """A notebook's lines as a table reads them."""
     return [
-        {"between": record["between"], "what": record["what"].format(**_also(record))}
-        for record in records
+        {
+            "line": one.id,
+            "the article says": one.claim,
+            "its figure (quoted)": f"{one.figure} {one.unit}",
+            "ours (modelled)": one.ours,
+            "on condition": "" if one.on_condition is None else one.on_condition,
+            "verdict": one.verdict,
+            "why": one.reason,
+        }
+        for one in lines(notebook)
+    ]
+
+
+def table(section: str, notebook: str) -> list[dict[str, str]]:
+    """A table of data/article.yaml (opening, contradictions), our numbers filled into its texts."""
+    return [
+        {name: str(record[name]).format(**_also(record)) for name in record["columns"]}
+        for record in load_yaml(DATA / "article.yaml")[section]
         if notebook in record["notebooks"]
     ]
+
+
+def patterns() -> list[dict[str, str]]:
+    """The four compute patterns: the scenario that answers each, and what holds it."""
+    rows = []
+    for record in load_yaml(DATA / "article.yaml")["patterns"]:
+        case = scenario.load(record["scenario"])
+        models = ", ".join(role.model for role in case.models) or case.model
+        asked = f"{case.sessions} sessions of {case.context_tokens:,} tokens: {models}"
+        held = [text for text in (_holds(case, key) for key in case.gpus) if text]
+        rows.append({**record, "asks for": asked, "held by": ", ".join(held)})
+    return rows
+
+
+def _holds(case: scenario.Scenario, key: str) -> str:
+    """How many of that GPU hold a scenario, in replicas where one node does not; empty for never."""
+    spec, card = find_model(case.model), find_gpu(key)
+    config = case.config(spec, gpu_count=case.gpu_count)
+    one = scenario.row(case, spec, card, config)
+    if one["fits"] or case.models:
+        return f"{case.gpu_count}x {key}" if one["fits"] else ""
+    if fewest := scenario.smallest_count(spec, card, config, case.demand()):
+        return f"{fewest.memory.config.gpu_count}x {key}"
+    each = one["sessions"]
+    return f"{-(-case.sessions // each)} replicas of {case.gpu_count}x {key}" if each else ""
 
 
 def line(record: Mapping[str, Any]) -> Line:

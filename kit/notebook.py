@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kit import __version__, catalog
+from kit.catalog.paths import DATA, load_yaml
 from kit.errors import unknown
 
 SOURCES = ("emulator", "live", "recorded")
@@ -92,6 +93,15 @@ def begin(
     return run
 
 
+def chapters() -> list[dict[str, str]]:
+    """The map: each notebook's question and decision, and whether this clone has it."""
+    there = {path.stem for path in (DATA.parent / "notebooks").glob("[0-9][0-9]_*.ipynb")}
+    return [
+        {**record, "status": "here" if record["notebook"] in there else "to come"}
+        for record in load_yaml(DATA / "walkthrough.yaml")
+    ]
+
+
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
     """The items, with a line on stdout at the start and at 25, 50, 75 and 100 %."""
     total, told = len(items), 0
@@ -123,6 +133,17 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None =
     sides = [">" if all(_is_number(row.get(key)) for row in rows) else "<" for key in heads]
     forms = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
     return "\n".join("  ".join(forms).format(*line).rstrip() for line in lines)
+
+
+def prose_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> Any:
+    """Rows as a Markdown table to end a cell with, for columns that hold sentences."""
+    from IPython.display import Markdown
+
+    heads = columns or {key: key for key in rows[0]}
+    lines = [list(heads.values()), ["---"] * len(heads)]
+    lines += [[_cell(row.get(key)).replace("|", "\\|") for key in heads] for row in rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return Markdown(text)  # type: ignore[no-untyped-call]
 
 
 def check(answer: float | str | None, expected: float | str, *, tolerance: float = 0.02) -> str:

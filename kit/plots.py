@@ -28,6 +28,7 @@ PARTS = {
     "KV pool": "#8fc98b",
     "outside the share": "#e3e6ea",
 }
+_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def gpu_colour(key: str) -> str:
@@ -83,33 +84,28 @@ def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axe
     ax = ax or plt.gca()
     longest = min(131_072, held[0].memory.model.max_position_embeddings)
     contexts = [2**power for power in range(10, int(np.log2(longest)) + 1)]
-    ends: list[tuple[int, float, str, str]] = []
-    for one in held:
-        curves = {
-            pool: np.array([one.memory.concurrency(n, pool) for n in contexts])
+    ends: list[tuple[float, str, str]] = []
+    for one in (one for one in held if one.memory.num_blocks()):
+        counts, low, high = (
+            np.array([one.memory.concurrency(n, pool) for n in contexts])
             for pool in (None, *one.memory.kv_cache_bytes_interval)
-        }
-        counts, colour = curves[None], gpu_colour(one.memory.gpu.key)
-        count = int(sum(counts >= 1))
-        if not count:
-            continue
-        last, end = contexts[count - 1], float(counts[count - 1])
-        twin = any(x == last and abs(end / y - 1) < 0.03 for x, y, *_ in ends)
+        )
+        colour, end = gpu_colour(one.memory.gpu.key), float(counts[-1])
+        twin = any(abs(end / y - 1) < 0.03 for y, *_ in ends)  # drawn thin on the other
         ax.plot(contexts, counts, color=colour, linewidth=1.2 if twin else 3.0)
-        low, high = list(curves.values())[-2:]
         ax.fill_between(contexts, low, high, color=colour, alpha=0.25, linewidth=0)
         number = f"{one.memory.config.gpu_count}x " if one.memory.config.gpu_count > 1 else ""
-        ends.append((last, end, number + short_name(one.memory.gpu), colour))
+        ends.append((end, number + short_name(one.memory.gpu), colour))
+    ax.axhline(1, color="#555b63", linewidth=0.8, linestyle=":")
     ax.plot(*asked, marker="X", markersize=10, color="#1f2429", linestyle="none")
-    ax.annotate(f"asked: {asked[1]:,}", asked, xytext=(-9, -14), textcoords="offset points", ha="right")
+    ax.text(asked[0] * 0.86, asked[1], f"asked: {asked[1]:,}", ha="right", va="center", bbox=_BOX)
     _log2(ax, contexts)
     ax.set(yscale="log", xlabel="Context of a session (tokens)", ylabel="Sessions in the KV pool")
-    ax.set_ylim(bottom=0.8)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _label_ends(ax, ends)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else "none"))
+    _label_ends(ax, contexts[-1], ends)
     fitting = [one for one in held if one.memory.concurrency(asked[0]) >= asked[1]]
-    finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)} GPUs"
-    _title(ax, finding, held[0].memory)
+    finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)}"
+    _title(ax, f"{finding} GPUs", held[0].memory)
     return ax
 
 
@@ -124,7 +120,7 @@ def pool_by_max_num_seqs(
     """Lines: GiB of KV pool by --max-num-seqs, one per engine version; a tick marks its default."""
     ax = ax or plt.gca()
     seqs = [2**power for power in range(4, 12)]
-    ends: list[tuple[int, float, str, str]] = []
+    ends: list[tuple[float, str, str]] = []
     lost = 0.0
     for index, version in enumerate(versions):
         base, colour = replace(config, engine_version=version, max_num_seqs=None), f"C{index}"
@@ -135,10 +131,10 @@ def pool_by_max_num_seqs(
         at = (default.config.max_num_seqs, gib(default.pool.size_bytes))
         ax.plot(*at, "|", color=colour, markersize=18, markeredgewidth=2)
         ax.annotate("default", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
-        ends.append((seqs[-1], pools[-1], f"{config.engine} {version}", colour))
+        ends.append((pools[-1], f"{config.engine} {version}", colour))
         lost = pools[0] - pools[-1]
     _log2(ax, seqs)
-    _label_ends(ax, ends)
+    _label_ends(ax, seqs[-1], ends)
     ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
     finding = f"In {versions[-1]}, raising --max-num-seqs to {seqs[-1]:,} costs {lost:.1f} GiB of pool"
     _title(ax, finding, default)
@@ -164,17 +160,13 @@ def _log2(ax: Axes, ticks: Sequence[int]) -> None:
     ax.minorticks_off()
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Each line's (x, y, name, colour) written at its right end, moved apart where they would overlap."""
+def _label_ends(ax: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Each line's (y, name, colour) written at its right end, moved apart where they would overlap."""
     ax.margins(x=0.02)
-    to_points = ax.transData.transform
-    above: dict[float, float] = {}
-    for x, y, name, colour in sorted(ends):
-        height = to_points((x, y))[1]
-        placed = max(height, above.get(x, -np.inf) + 17)
-        above[x] = placed
-        offset = (6, (placed - height) * 72 / ax.figure.dpi)
-        ax.annotate(
-            name, (x, y), xytext=offset, textcoords="offset points", va="center", fontsize=9,
-            color=colour, annotation_clip=False,
-        )  # fmt: skip
+    above = -np.inf
+    for y, name, colour in sorted(ends):
+        height = ax.transData.transform((x, y))[1]
+        above = max(height, above + 17)
+        offset = (6, (above - height) * 72 / ax.figure.dpi)
+        label = ax.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=9)
+        label.set(color=colour, va="center", annotation_clip=False)
