@@ -55,9 +55,7 @@ class Roofline:
         return STEP_OVERHEAD_S + max(read_s, multiply_s) + links_s, per_context_s
 
 
-def roofline(
-    model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, weights_bytes: float
-) -> Roofline:
+def roofline(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, weights_bytes: float) -> Roofline:
     """The roofline of one replica whose weights take `weights_bytes` on all its GPUs together.
 
     Tensor-parallel ranks work at once, pipeline stages one after the other.

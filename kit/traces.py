@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -65,28 +66,25 @@ class Trace:
 
 def _session(key: int, calls: list[Call]) -> Session:
     """Turns whose prompts are as long as recorded; a shrunken or rewritten context starts anew."""
-    turns: list[Turn] = []
-    context = 0
-    for before, call in pairwise([None, *calls]):
-        assert call is not None
-        turn = Turn(max(1, call.input_len - context), call.output_len)
-        if before is not None:
-            turns[-1].pause_after_s, turns[-1].pause_kind = call.pause_s or 0.0, "recorded"
-            if call.input_len < 0.8 * before.input_len or (
-                call.reusable_tokens < 0.5 * before.input_len and call.reusable_tokens
-            ):
-                turn.new_tokens, turn.compact_to = call.input_len, 0
-                context = 0
-        turns.append(turn)
-        context += turn.new_tokens + turn.output_len
+    turns = [Turn(calls[0].input_len, calls[0].output_len)]
+    context = calls[0].input_len + calls[0].output_len
+    for before, call in pairwise(calls):
+        turns[-1].pause_after_s, turns[-1].pause_kind = call.pause_s or 0.0, "recorded"
+        rewritten = call.reusable_tokens and call.reusable_tokens < 0.5 * before.input_len
+        if rewritten or call.input_len < 0.8 * before.input_len:
+            turns.append(Turn(call.input_len, call.output_len, compact_to=0))
+            context = 0
+        else:
+            turns.append(Turn(max(1, call.input_len - context), call.output_len))
+        context += turns[-1].new_tokens + turns[-1].output_len
     return Session(key, calls[0].arrival_s, turns, path=calls[0].path)
 
 
 def _attach(child: Session, first: Call, parent: Session, calls: list[Call]) -> None:
     """Make the child start after the parent's last call that began before it."""
-    turn = max(0, sum(call.arrival_s <= first.arrival_s for call in calls) - 1)
+    turn = parent.turns[max(0, sum(call.arrival_s <= first.arrival_s for call in calls) - 1)]
     child.arrival_s = 0.0
-    parent.turns[turn].children = [*parent.turns[turn].children, child]
+    turn.children = [*turn.children, child]
 
 
 def read(file: str, trace_format: str) -> Trace:
@@ -96,69 +94,81 @@ def read(file: str, trace_format: str) -> Trace:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"no such trace file: {file}")
+    columns, parse = READERS[trace_format]
     try:
-        trace = READERS[trace_format](path)
+        calls = [_call(path, line, parse, row) for line, row in _rows(path, columns)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: not a text file ({error})") from None
-    if not trace.calls:
+    answered = sorted((call for call in calls if call.output_len), key=lambda call: call.arrival_s)
+    if not answered:
         raise UserError(f"{file}: the trace has no requests")
-    trace.calls.sort(key=lambda call: call.arrival_s)
+    trace = Trace(path.name, answered, len(calls) - len(answered), trace_format != "weka")
+    _set_paths([call for call in answered if call.hash_ids])
+    _set_pauses(answered)
+    start_s = answered[0].arrival_s
+    for call in answered:
+        call.arrival_s -= start_s if trace.shared_clock else 0.0
     return trace
 
 
-def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, Row]]:
-    """Line numbers and fields of a CSV file that has these columns."""
+def _rows(path: Path, columns: str) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a CSV file that has these columns; numbered lines where it has none."""
     with path.open(encoding="utf-8", newline="") as lines:
+        if not columns:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            return
         reader = csv.DictReader(lines)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        missing = [name for name in columns.split(",") if name not in (reader.fieldnames or ())]
         if missing and reader.fieldnames:
-            raise UserError(f"{path} line 1: no column {missing[0]!r}; it needs {', '.join(columns)}")
-        for row in reader:
-            yield reader.line_num, row
+            raise UserError(f"{path} line 1: no column {missing[0]!r}; it needs {columns}")
+        yield from ((reader.line_num, row) for row in reader)
 
 
-def _call(path: Path, line: int, parse: Callable[[Any], Call], row: object) -> Call:
+def _call(path: Path, line: int, parse: Callable[[Any], Call], row: Any) -> Call:
     """The call that `parse` reads; anything wrong with it is told with file and line."""
     try:
         call = parse(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} line {line}: {error}") from None
-    if call.input_len < 1 or call.output_len < 0 or not 0 <= call.arrival_s < inf:
+    times = call.arrival_s, call.elapsed_s, call.pause_s or 0.0
+    if call.input_len < 1 or call.output_len < 0 or not all(0 <= value < inf for value in times):
         raise UserError(
-            f"{path} line {line}: input {call.input_len}, output {call.output_len} tokens at "
-            f"{call.arrival_s:g} s: lengths and times cannot be negative, an input not empty"
+            f"{path} line {line}: input {call.input_len}, output {call.output_len} tokens, times {times}: "
+            "lengths and times cannot be negative, an input not empty"
         )
     return call
 
 
-def _azure(path: Path) -> Trace:
-    def parse(row: Row) -> Call:
-        at = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
-        return Call(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-
-    calls = []
-    for line, row in _rows(path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens")):
-        calls.append(_call(path, line, parse, row))
-    return _from_zero(Trace(path.name, calls))
+def _azure(row: Row) -> Call:
+    at_s = datetime.fromisoformat(row["TIMESTAMP"]).timestamp()
+    return Call(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
 
 
-def _mooncake(path: Path) -> Trace:
-    def parse(text: str) -> Call:
-        row = json.loads(text)
-        ids = [int(i) for i in row["hash_ids"]]
-        lengths = int(row["input_length"]), int(row["output_length"])
-        call = Call(float(row["timestamp"]) / 1e3, *lengths, hash_ids=ids)
-        if len(ids) != -(-call.input_len // MOONCAKE_BLOCK_TOKENS):
-            raise ValueError(f"{len(ids)} hash_ids do not cover {call.input_len} tokens")
-        return call
+def _mooncake(line: str) -> Call:
+    row = json.loads(line)
+    ids = [int(block) for block in row["hash_ids"]]
+    input_len = int(row["input_length"])
+    if len(ids) != -(-input_len // MOONCAKE_BLOCK_TOKENS):
+        raise ValueError(f"{len(ids)} hash_ids do not cover {input_len} tokens")
+    return Call(float(row["timestamp"]) / 1e3, input_len, int(row["output_length"]), hash_ids=ids)
 
-    calls = []
-    with path.open(encoding="utf-8") as lines:
-        for line, text in enumerate(lines, 1):
-            if text.strip():
-                calls.append(_call(path, line, parse, text))
-    _set_paths(calls)
-    return _from_zero(Trace(path.name, calls))
+
+def _weka(row: Row) -> Call:
+    agent, tokens = row["agent"], int(row["in_tokens"])
+    return Call(
+        float(row["t_s"]), tokens, int(row["out_tokens"]),
+        session=f"{row['trace']}/{agent}",
+        parent=f"{row['trace']}/{agent.rpartition('/')[0]}" if "/" in agent else "",
+        pause_s=float(row["think_time_s"]) if row["think_time_s"] else None,
+        elapsed_s=float(row["api_time_s"] or 0),
+        reusable_tokens=min(int(row["seen_blocks_prefix"]) * WEKA_BLOCK_TOKENS, tokens),
+    )  # fmt: skip
+
+
+def _burstgpt(row: Row) -> Call:
+    at_s, session, elapsed = float(row["Timestamp"]), row.get("Session ID"), row.get("Elapsed time")
+    lengths = int(row["Request tokens"]), int(row["Response tokens"])
+    return Call(at_s, *lengths, session=session or "", elapsed_s=float(elapsed or 0))
 
 
 def _set_paths(calls: list[Call]) -> None:
@@ -168,73 +178,31 @@ def _set_paths(calls: list[Call]) -> None:
     for call in calls:
         node = -1
         walks.append([node := nodes.setdefault((node, block), len(nodes)) for block in call.hash_ids])
-    parents = [parent for parent, _ in nodes]
-    children = [0] * len(nodes)
-    for parent in parents:
-        children[parent] += parent >= 0
+    children = Counter(parent for parent, _ in nodes)
     last = {walk[-1] for walk in walks}
-    starts = [p < 0 or children[p] > 1 or p in last for p in parents]
+    starts = [parent < 0 or children[parent] > 1 or parent in last for parent, _ in nodes]
     for call, walk in zip(calls, walks, strict=True):
         heads = [(node, place) for place, node in enumerate(walk) if starts[node]]
         ends = [place * MOONCAKE_BLOCK_TOKENS for _, place in heads[1:]] + [call.input_len]
         call.path = tuple((head, end) for (head, _), end in zip(heads, ends, strict=True))
 
 
-def _weka(path: Path) -> Trace:
-    def parse(row: Row) -> Call:
-        name = f"{row['trace']}/{row['agent']}"
-        parent = name.rpartition("/")[0] if "/" in row["agent"] else ""
-        elapsed = float(row["api_time_s"] or 0)
-        pause = row["think_time_s"]
-        seen = int(row["seen_blocks_prefix"]) * WEKA_BLOCK_TOKENS
-        tokens = int(row["in_tokens"])
-        return Call(
-            float(row["t_s"]), tokens, max(1, int(row["out_tokens"])), name, parent,
-            float(pause) if pause else None, elapsed, min(seen, tokens),
-        )  # fmt: skip
-
-    columns = ("trace", "agent", "t_s", "in_tokens", "out_tokens", "seen_blocks_prefix",
-               "api_time_s", "think_time_s")  # fmt: skip
-    calls = []
-    for line, row in _rows(path, columns):
-        calls.append(_call(path, line, parse, row))
-    return Trace(path.name, calls, shared_clock=False)
-
-
-def _burstgpt(path: Path) -> Trace:
-    def parse(row: Row) -> Call:
-        elapsed = float(row.get("Elapsed time") or 0)
-        session = row.get("Session ID") or ""
-        return Call(
-            float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"]),
-            session, elapsed_s=elapsed,
-        )  # fmt: skip
-
-    calls: list[Call] = []
+def _set_pauses(calls: list[Call]) -> None:
+    """Where a pause was not recorded: from the end of the session's call before."""
     ended: dict[str, float] = {}
-    skipped = 0
-    for line, row in _rows(path, ("Timestamp", "Request tokens", "Response tokens")):
-        call = _call(path, line, parse, row)
-        if call.session in ended:
-            call.pause_s = max(0.0, call.arrival_s - ended[call.session])
-        if call.output_len == 0:
-            skipped += 1
-            continue
+    for call in calls:
         if call.session:
+            if call.pause_s is None and call.session in ended:
+                call.pause_s = max(0.0, call.arrival_s - ended[call.session])
             ended[call.session] = call.arrival_s + call.elapsed_s
-        calls.append(call)
-    return _from_zero(Trace(path.name, calls, skipped))
 
 
-def _from_zero(trace: Trace) -> Trace:
-    start = min((call.arrival_s for call in trace.calls), default=0.0)
-    for call in trace.calls:
-        call.arrival_s -= start
-        call.output_len = max(1, call.output_len)
-    return trace
-
-
-READERS = {"azure": _azure, "mooncake": _mooncake, "weka": _weka, "burstgpt": _burstgpt}
+READERS: dict[str, tuple[str, Callable[[Any], Call]]] = {
+    "azure": ("TIMESTAMP,ContextTokens,GeneratedTokens", _azure),
+    "mooncake": ("", _mooncake),
+    "weka": ("trace,agent,t_s,in_tokens,out_tokens,seen_blocks_prefix,api_time_s,think_time_s", _weka),
+    "burstgpt": ("Timestamp,Request tokens,Response tokens", _burstgpt),
+}
 
 
 def kept_hit_fraction(trace: Trace, keep_s: float) -> float:

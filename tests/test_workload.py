@@ -11,7 +11,7 @@ import yaml
 from kit import workload
 from kit.errors import UserError
 from kit.traces import read
-from kit.workload.arrivals import Burst, Diurnal, Mmpp, OnOff, Renewal
+from kit.workload.arrivals import Burst, Diurnal, Mmpp, Renewal
 from kit.workload.body import Body
 from kit.workload.distribution import Distribution
 
@@ -39,9 +39,10 @@ def test_renewal_rate_and_variation(kind: str, cv: float) -> None:
 
 
 def test_off_state_is_exactly_silent() -> None:
-    process = OnOff(kind="on_off", on_rate_per_s=50, on_s={"constant": 10}, off_s={"constant": 90})
+    states = [{"rate_per_s": 50, "hold_s": 10}, {"rate_per_s": 0, "hold_s": 90}]
+    process = Mmpp(kind="on_off", states=states)
     arrivals = times(process, 100_000)
-    assert ((arrivals % 100) >= 90).all()
+    assert ((arrivals % 100) <= 10).all()
     assert len(arrivals) / 100_000 == pytest.approx(process.mean_rate_per_s(), rel=0.02)
 
 
@@ -150,6 +151,7 @@ def test_subagents_start_after_a_turn_and_never_after_the_last() -> None:
         ({"session": {"output_len": {"median": 5, "mean": 5}}}, "session.output_len.*give one of"),
         ({"session": {"turns": {"median": 5, "sigmma": 1}}}, "session.turns.sigmma"),
         ({"arrivals": {"kind": "poisson", "rate_per_s": 0}}, "arrivals.*rate_per_s"),
+        ({"arrivals": {"kind": "on_off", "states": [{"rate_per_s": 1, "hold_s": 1}]}}, "arrivals.*two states"),
         ({"arrivals": {"kind": "poison"}}, "arrivals.*poison"),
         ({"arrivals": {"kind": "poisson", "rate_per_s": float("nan")}}, "arrivals.*rate_per_s"),
         ({"sources": []}, "sources"),

@@ -13,29 +13,29 @@ from kit.errors import UserError
 if TYPE_CHECKING:
     from kit.simulator import Load
 
+LATENCIES = "mean p50 p90 p99"
+SHOWN = {
+    "ttft_s": LATENCIES, "tpot_s": LATENCIES, "itl_s": LATENCIES, "e2el_s": LATENCIES, "task_s": LATENCIES,
+    "completed": "", "refused": "", "unfinished": "", "preemptions": "", "output_tokens_per_s": "",
+    "prefix_hit_fraction": "", "slo_attainment_fraction": "", "kv_cache_usage": "mean max",
+    "burst": "requests time_to_recover_s backlog_request_s largest_passing_burst", "limited_by": "",
+}  # fmt: skip
+
 
 def command(
     model: options.Model,
     gpu: options.Gpu,
-    workload: Annotated[
-        str | None, typer.Option(help="key of data/workloads, or a YAML file")
-    ] = None,
+    workload: Annotated[str | None, typer.Option(help="key of data/workloads, or a YAML file")] = None,
     trace: Annotated[str | None, typer.Option(help="file of recorded calls")] = None,
-    trace_format: Annotated[
-        str | None, typer.Option(help="azure, mooncake, weka, burstgpt")
-    ] = None,
+    trace_format: Annotated[str | None, typer.Option(help="azure, mooncake, weka, burstgpt")] = None,
     sessions: Annotated[int | None, typer.Option(help="sessions that arrive")] = None,
     duration: Annotated[float | None, typer.Option(help="seconds; the clock stops there")] = None,
     burst: Annotated[int | None, typer.Option(help="sessions that come at once")] = None,
     replicas: int = 1,
-    routing: Annotated[
-        str, typer.Option(help="round-robin, least-loaded, session or prefix")
-    ] = "session",
+    routing: Annotated[str, typer.Option(help="round-robin, least-loaded, session or prefix")] = "session",
     seed: int = 0,
     drop_kv: Annotated[bool, typer.Option("--drop-kv", help="pauses lose a session's KV")] = False,
-    warm: Annotated[
-        bool, typer.Option("--warm", help="shared prefixes are cached already")
-    ] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="shared prefixes are cached already")] = False,
     ready_after: Annotated[float, typer.Option(help="seconds until cold replicas serve")] = 0.0,
     engine: options.Engine = "vllm",
     engine_version: options.EngineVersion = None,
@@ -65,9 +65,7 @@ def command(
     load = _load(workload, trace, trace_format)
     load = replace(load, sessions=sessions, duration_s=duration, burst=burst, seed=seed)
     limits, step_time, warnings = simulator.replica(catalog.model(model), catalog.gpu(gpu), config)
-    cluster = simulator.SimulationConfig(
-        limits, replicas, routing, not drop_kv, warm, ready_after, duration
-    )
+    cluster = simulator.SimulationConfig(limits, replicas, routing, not drop_kv, warm, ready_after, duration)
     slo = getattr(load.source, "slo", None)
     ttft_s = slo_ttft_s or (slo and slo.ttft_s)
     tpot_s = slo_tpot_s or (slo and slo.tpot_s)
@@ -101,28 +99,18 @@ def _load(workload: str | None, trace: str | None, trace_format: str | None) -> 
 
 
 def _text(result: dict[str, Any]) -> str:
-    """The main answers as a short table, modelled throughout."""
-
-    def number(value: float | None, unit: str = "") -> str:
-        return "unknown" if value is None else f"{value:,.4g}{unit}"
-
-    rows = [
-        (name, ", ".join(f"{q} {number(result[name][q], ' s')}" for q in quantiles))
-        for name, quantiles in (
-            ("ttft_s", ("mean", "p50", "p90", "p99")), ("tpot_s", ("mean", "p50", "p90", "p99")),
-            ("itl_s", ("p50", "p99")), ("task_s", ("p50", "p90", "p99")),
-        )
-    ]  # fmt: skip
-    rows += [(name, number(result[name])) for name in (
-        "completed", "refused", "unfinished", "preemptions", "output_tokens_per_s",
-        "prefix_hit_fraction", "slo_attainment_fraction",
-    )]  # fmt: skip
+    """The main answers, one a line."""
+    lines = []
+    for name in SHOWN:
+        value = result[name]
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {_number(value[part])}" for part in SHOWN[name].split() if part in value)
+        lines.append(f"{name:<26}{_number(value)}")
     for kind in ("active", "queued", "paused"):
-        rows.append((f"{kind} sessions", f"mean {number(result['sessions'][kind]['mean'])}, "
-                     f"max {result['sessions'][kind]['max']}"))  # fmt: skip
-    rows += [(f"burst {name}", number(result["burst"][name])) for name in (
-        "requests", "time_to_recover_s", "backlog_request_s", "largest_passing_burst",
-    )]  # fmt: skip
-    rows.append(("limited_by", str(result["limited_by"])))
-    lines = [f"{name:<28}{value}" for name, value in rows]
+        mean, most = result["sessions"][kind]["mean"], result["sessions"][kind]["max"]
+        lines.append(f"{kind + ' sessions':<26}mean {_number(mean)}, max {most}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])]) + "\n"
+
+
+def _number(value: object) -> str:
+    return "unknown" if value is None else f"{value:,.4g}" if isinstance(value, int | float) else str(value)

@@ -14,7 +14,7 @@ from kit.simulator.steps import TICKS_PER_S
 from kit.workload import Session
 
 Floats = npt.NDArray[np.float64]
-PAUSES_S = (0.0, 1.0, 10.0, 60.0, 300.0, 3600.0, float("inf"))
+PAUSES_S: tuple[float | None, ...] = (0.0, 1.0, 10.0, 60.0, 300.0, 3600.0, None)  # None: no limit
 CACHED_FRACTION = 0.9  # a turn is a hit when this much of what it could reuse was cached
 SERIES_POINTS = 120
 MODELLED = ("ttft_s_mean", "ttft_s_p50", "tpot_s_mean", "output_tokens_per_s")
@@ -28,14 +28,18 @@ def answers(
     turns = _columns(sim)
     requests, in_burst = _requests(sim, turns, slo_ttft_s, burst_keys)
     good = metrics.meets_slo(requests, slo_ttft_s, slo_tpot_s)
-    has_slo = slo_ttft_s is not None or slo_tpot_s is not None
-    done = int(turns["turn"].size)
+    judged = len(in_burst) and (slo_ttft_s is not None or slo_tpot_s is not None)
+    done = len(turns["turn"])
+    misses = len(in_burst) - done
     usage = [replica.kv_cache_usage_mean(sim.now) for replica in sim.replicas]
     pools = [replica.scheduler for replica in sim.replicas]
     asked = sum(scheduler.query_tokens for scheduler in pools)
     span_s = sim.now / TICKS_PER_S
     return {
-        **_latency(sim, turns, requests, len(in_burst) - done),
+        "ttft_s": metrics.summarize(requests.ttft_s(), misses),
+        "tpot_s": metrics.summarize(requests.tpot_s(), misses),
+        "itl_s": {f"p{percent}": sim.intervals.percentile_s(percent) for percent in (50, 99)},
+        "e2el_s": metrics.summarize(requests.e2el_s(), misses),
         "intervals": dict.fromkeys(MODELLED),  # unknown: the step time is not calibrated
         "output_tokens_per_s": float(turns["output_len"].sum()) / span_s if span_s else None,
         "requests_per_s": done / span_s if span_s else None,
@@ -51,11 +55,10 @@ def answers(
             "mean": float(np.mean(usage)),
             "max": max(scheduler.peak_used / scheduler.pool.total for scheduler in pools),
         },
-        "slo_attainment_fraction": float(good.mean()) if has_slo and len(in_burst) else None,
+        "slo_attainment_fraction": float(good.mean()) if judged else None,
         "burst": _burst(requests, in_burst, slo_ttft_s),
         "sessions": _sessions(turns, span_s),
-        "prefix_still_cached": _still_cached(turns),
-        "ttft_mixture": _mixture(turns),
+        **_cache(turns),
         "task_s": _tasks(turns),
         "simulated_s": span_s,
     }
@@ -119,31 +122,14 @@ def _requests(
     return requests, np.isin(join("key"), list(burst_keys)) & (join("turn") == 0)
 
 
-def _latency(sim: Simulation, turns: dict[str, Floats], requests: metrics.Requests, misses: int) -> dict[str, Any]:
-    tpot = requests.tpot_s()
-    intervals = sim.intervals
-    return {
-        "ttft_s": metrics.summarize(requests.ttft_s(), misses),
-        "tpot_s": metrics.summarize(tpot[np.isfinite(tpot)], misses),
-        "itl_s": {"p50": intervals.percentile_s(50), "p99": intervals.percentile_s(99)},
-        "e2el_s": metrics.summarize(turns["end_s"] - turns["arrival_s"], misses),
-    }
-
-
-def _limited_by(sim: Simulation, turns: dict[str, Floats]) -> str | None:
+def _limited_by(sim: Simulation, turns: dict[str, Floats]) -> str:
     """Where turns spend most of their time, and what they queue for."""
-    if not turns["turn"].size:
-        return None
-    parts = {
-        "queue": turns["admitted_s"] - turns["arrival_s"],
-        "prefill": turns["first_s"] - turns["admitted_s"],
-        "decode": turns["end_s"] - turns["first_s"],
-    }
-    largest = max(parts, key=lambda name: float(parts[name].sum()))
-    if largest != "queue":
-        return largest
+    moments = ("arrival_s", "admitted_s", "first_s", "end_s")
+    queue, prefill, decode = (float((turns[b] - turns[a]).sum()) for a, b in pairwise(moments))
+    if decode >= max(queue, prefill):
+        return "decode"
     full = max(r.scheduler.peak_used / r.scheduler.pool.total for r in sim.replicas) > 0.95
-    return "kv_cache" if full else "prefill"
+    return "kv_cache" if queue > prefill and full else "prefill"
 
 
 def _burst(requests: metrics.Requests, chosen: metrics.Bools, slo_ttft_s: float | None) -> dict[str, Any]:
@@ -186,35 +172,21 @@ def _sessions(turns: dict[str, Floats], span_s: float) -> dict[str, Any]:
     return result
 
 
-def _hits(turns: dict[str, Floats]) -> npt.NDArray[np.bool_]:
-    return turns["hit_tokens"] >= CACHED_FRACTION * turns["reusable_tokens"]
-
-
-def _still_cached(turns: dict[str, Floats]) -> list[dict[str, Any]]:
-    """P(prefix still cached) by the length of the pause before the turn."""
-    resumed, hit = turns["reusable_tokens"] > 0, _hits(turns)
-    rows = []
+def _cache(turns: dict[str, Floats]) -> dict[str, Any]:
+    """P(prefix still cached) by the pause before a turn, and TTFT of first, hit and missed turns."""
+    pause_s, resumed = turns["pause_s"], turns["reusable_tokens"] > 0
+    hit = resumed & (turns["hit_tokens"] >= CACHED_FRACTION * turns["reusable_tokens"])
+    ttft, rows = turns["first_s"] - turns["arrival_s"], []
     for low, high in pairwise(PAUSES_S):
-        chosen = resumed & (turns["pause_s"] >= low) & (turns["pause_s"] < high)
-        count = int(chosen.sum())
-        upto = None if high == float("inf") else high
-        rows.append({
-            "pause_from_s": low, "pause_to_s": upto, "turns": count,
-            "cached_fraction": float(hit[chosen].mean()) if count else None,
-        })  # fmt: skip
-    return rows
-
-
-def _mixture(turns: dict[str, Floats]) -> dict[str, Any]:
-    """TTFT of first turns, of resumed ones with their context cached, and of those without."""
-    first, hit = turns["reusable_tokens"] == 0, _hits(turns)
-    ttft = turns["first_s"] - turns["arrival_s"]
-    kinds = {"first": first, "hit": ~first & hit, "miss": ~first & ~hit}
-    total = max(len(ttft), 1)
-    return {
-        name: {"fraction": float(chosen.sum() / total), **metrics.summarize(ttft[chosen])}
-        for name, chosen in kinds.items()
+        chosen = resumed & (pause_s >= (low or 0.0)) & (pause_s < (high or np.inf))
+        share = float(hit[chosen].mean()) if chosen.any() else None
+        counted = {"turns": int(chosen.sum()), "cached_fraction": share}
+        rows.append({"pause_from_s": low, "pause_to_s": high, **counted})
+    mixture = {
+        name: {"fraction": float(chosen.mean()) if len(chosen) else None, **metrics.summarize(ttft[chosen])}
+        for name, chosen in {"first": ~resumed, "hit": hit, "miss": resumed & ~hit}.items()
     }
+    return {"prefix_still_cached": rows, "ttft_mixture": mixture}
 
 
 def _tasks(turns: dict[str, Floats]) -> dict[str, Any]:

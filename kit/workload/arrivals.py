@@ -71,9 +71,9 @@ class State(Model):
 
 
 class Mmpp(Process):
-    """Poisson arrivals whose rate is that of the current state, first state first."""
+    """Poisson arrivals whose rate is that of the current state, first state first; `on_off` has two."""
 
-    kind: Literal["mmpp"]
+    kind: Literal["mmpp", "on_off"]
     states: list[State] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -85,13 +85,13 @@ class Mmpp(Process):
                 raise ValueError(f"next needs {len(self.states)} weights, one for each state")
         if not any(state.rate_per_s for state in self.states):
             raise ValueError("every state is silent")
+        if self.kind == "on_off" and sorted(state.rate_per_s > 0 for state in self.states) != [False, True]:
+            raise ValueError("on_off needs two states, one of them with rate_per_s 0")
         return self
 
     def _transitions(self) -> NDArray[np.float64]:
         following = np.roll(np.eye(len(self.states)), 1, axis=1)
-        rows = [
-            f if s.next is None else s.next for s, f in zip(self.states, following, strict=True)
-        ]
+        rows = [f if s.next is None else s.next for s, f in zip(self.states, following, strict=True)]
         return np.array([np.array(row) / np.sum(row) for row in rows])
 
     def mean_rate_per_s(self) -> float:
@@ -115,27 +115,6 @@ class Mmpp(Process):
                 yield from (now + np.sort(rng.random(arrivals)) * hold).tolist()
             now += hold
             index = int(rng.choice(len(self.states), p=transitions[index]))
-
-
-class OnOff(Process):
-    """Poisson bursts between exactly silent periods."""
-
-    kind: Literal["on_off"]
-    on_rate_per_s: Rate
-    on_s: Distribution
-    off_s: Distribution
-    start: Literal["on", "off"] = "off"
-
-    def _modulated(self) -> Mmpp:
-        off = State(rate_per_s=0, hold_s=self.off_s)
-        on = State(rate_per_s=self.on_rate_per_s, hold_s=self.on_s)
-        return Mmpp(kind="mmpp", states=[on, off] if self.start == "on" else [off, on])
-
-    def mean_rate_per_s(self) -> float:
-        return self._modulated().mean_rate_per_s()
-
-    def times(self, rng: np.random.Generator) -> Iterator[float]:
-        return self._modulated().times(rng)
 
 
 @cache
@@ -210,6 +189,4 @@ class Recorded(Process):
         yield from (session.arrival_s for session in read(self.file, self.format).sessions())
 
 
-Arrivals = Annotated[
-    Renewal | Mmpp | OnOff | Diurnal | Burst | Recorded, Field(discriminator="kind")
-]
+Arrivals = Annotated[Renewal | Mmpp | Diurnal | Burst | Recorded, Field(discriminator="kind")]
