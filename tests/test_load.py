@@ -23,6 +23,12 @@ from kit.loadgen.selfcheck import OwnLag, verdict
 from kit.metrics import Requests
 from kit.workload import Session, Turn
 
+KEYS = """
+verdict verdict_reasons sent completed failed failures peak_in_flight
+duration_s send_lag_s loop_lag_s ttft_s ttft_scheduled_s ttft_answer_s tpot_s
+itl_s e2el_s output_tokens output_tokens_per_s requests_per_s offered_requests_per_s goodput_requests_per_s
+slo_attainment_fraction slo_attainment_interval burst server gpu equivalents
+""".split()  # noqa: SIM905
 KIT = [sys.executable, "-c", "from kit.cli import main; main()", "load"]
 
 
@@ -46,8 +52,8 @@ def test_burst_is_in_flight_together_and_times_are_the_servers() -> None:
         got = run(server, "burst", 40, output_len=10, options={"slo_ttft_s": 2.0})
     assert (got["sent"], got["completed"], got["failed"], got["peak_in_flight"]) == (40, 40, 0, 40)
     assert server.peak == 40
-    assert 0.29 < got["ttft_s"]["p50"]
-    assert 0.018 < got["tpot_s"]["mean"]
+    assert got["ttft_s"]["p50"] > 0.29
+    assert got["tpot_s"]["mean"] > 0.018
     assert got["ttft_scheduled_s"]["p50"] >= got["ttft_s"]["p50"]
     assert got["output_tokens"] == 400
     assert got["slo_attainment_fraction"] == 1.0
@@ -73,13 +79,13 @@ def test_closed_loop_by_duration_repeats_with_new_texts() -> None:
 
 def test_rate_sends_every_request_of_the_drawn_schedule(tmp_path: Path) -> None:
     with serving(paced(0.01, 0.0)) as server:
-        got = run(server, "request_rate", 60.0, duration_s=2.0, seed=5, out=tmp_path)
-    drawn = [at for at in (next(times) for times in [arrivals(60.0, 1.0, 5)] * 400) if at <= 2.0]
+        got = run(server, "request_rate", 100.0, duration_s=1.0, seed=5, out=tmp_path)
+    drawn = [at for at in (next(times) for times in [arrivals(100.0, 1.0, 5)] * 400) if at <= 1.0]
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     planned = sorted(line["scheduled_s"] for line in lines)
     assert got["sent"] == len(drawn) == len(planned)
     assert np.abs(np.array(planned) - np.array(drawn)).max() < 2e-6
-    assert got["offered_requests_per_s"] == pytest.approx(60, rel=0.3)
+    assert got["offered_requests_per_s"] == pytest.approx(100, rel=0.4)
 
 
 @pytest.mark.parametrize("burstiness", [0.5, 1.0, 3.0])
@@ -94,15 +100,11 @@ def test_coordinated_omission_shows_on_the_schedule() -> None:
     """Capacity 1, 100 ms of service, 50 requests/s, capped at one in flight by the client."""
     with serving(paced(0.1, 0.0, 1)) as server:
         got = run(
-            server, "request_rate", 50.0, requests=100, max_concurrency=1, output_len=1,
-            source=lambda n: fixed_sessions(60, 1)(n), options={"slo_ttft_s": 0.5},
-        ) if False else run(
-            server, "request_rate", 50.0, requests=30, max_concurrency=1, output_len=1,
+            server, "request_rate", 50.0, requests=20, max_concurrency=1, output_len=1,
             options={"slo_ttft_s": 0.5},
         )  # fmt: skip
     assert server.peak == 1
-    assert got["ttft_s"]["p90"] < 0.5
-    assert got["ttft_scheduled_s"]["p90"] > 1.5
+    assert got["ttft_scheduled_s"]["p90"] > got["ttft_s"]["p90"] + 1.0
     assert got["slo_attainment_fraction"] < 0.5
 
 
@@ -115,9 +117,9 @@ def test_a_slow_server_is_no_fault_of_the_client() -> None:
             await paced(0.1, 0.0)(request, writer)
 
     with serving(one_at_a_time) as server:
-        got = run(server, "request_rate", 50.0, requests=25, output_len=1)
-    assert got["ttft_s"]["p90"] > 1.0
-    assert got["completed"] == 25
+        got = run(server, "request_rate", 50.0, requests=15, output_len=1)
+    assert got["ttft_s"]["p90"] > 0.8
+    assert got["completed"] == 15
     assert got["verdict"] == "VALID"
 
 
@@ -163,7 +165,7 @@ def test_bad_answers_cost_nothing_else(bad: Any, reason: str) -> None:
     """Every third request meets the bad behaviour, the others are measured as if alone."""
 
     async def some(request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-        await (bad if hash(writer) and request["n"] % 3 == 0 else paced(0.02, 0.01))(request, writer)
+        await (bad if request["n"] % 3 == 0 else paced(0.02, 0.01))(request, writer)
 
     count = iter(range(-2, 1000))
 
@@ -394,7 +396,7 @@ def test_misses_of_late_sending_bound_the_client() -> None:
 def test_a_kill_keeps_what_was_written_and_a_second_start_goes_on(tmp_path: Path) -> None:
     with serving(paced(0.01, 0.01)) as server:
         common = ["--base-url", server.base_url, "--model", "m", "--input-tokens", "50", "--json"]
-        common += ["--output-tokens", "3", "--concurrency", "1,4", "--requests", "60"]
+        common += ["--output-tokens", "3", "--concurrency", "1,4", "--requests", "40"]
         common += ["--out", str(tmp_path)]
         process = subprocess.Popen([*KIT, *common], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -411,8 +413,8 @@ def test_a_kill_keeps_what_was_written_and_a_second_start_goes_on(tmp_path: Path
         done = (first / "summary.json").read_bytes()
         asked = len(server.requests)
         again = json.loads(cli(*common).stdout)
-        assert len(server.requests) - asked in (62, 63)  # probes and one level; one was cut
-        assert [s["completed"] for s in again["levels"]] == [60, 60]
+        assert len(server.requests) - asked in (42, 43)  # probes and one level; one was cut
+        assert [s["completed"] for s in again["levels"]] == [40, 40]
         assert (first / "summary.json").read_bytes() == done
         assert (records.parent / "requests.interrupted-1.jsonl").exists()
         other = cli(*common, "--seed", "3")
@@ -420,13 +422,13 @@ def test_a_kill_keeps_what_was_written_and_a_second_start_goes_on(tmp_path: Path
     assert "another seed" in other.stderr
     finished = cli(*common)  # the server is gone, nothing is left to measure
     assert finished.returncode == 0
-    assert [s["completed"] for s in json.loads(finished.stdout)["levels"]] == [60, 60]
+    assert [s["completed"] for s in json.loads(finished.stdout)["levels"]] == [40, 40]
 
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     with serving(paced(0.01, 0.05)) as server:
         arguments = ["--base-url", server.base_url, "--model", "m", "--input-tokens", "50"]
-        arguments += ["--output-tokens", "50", "--concurrency", "2", "--duration", "60"]
+        arguments += ["--output-tokens", "20", "--concurrency", "2", "--duration", "60"]
         process = subprocess.Popen([*KIT, *arguments], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)  # fmt: skip
         until = time.monotonic() + 30
@@ -438,7 +440,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
         while time.monotonic() < until and server.live:
             time.sleep(0.05)
         asked = len(server.requests)
-        time.sleep(0.5)
+        time.sleep(0.3)
         assert len(server.requests) == asked
 
 
@@ -465,17 +467,20 @@ def test_json_has_the_documented_keys_and_nothing_else_is_on_stdout() -> None:
             "--output-tokens", "3", "--concurrency", "2", "--requests", "4", "--json",
         )  # fmt: skip
     got = json.loads(done.stdout)
-    for name in (
-        "verdict verdict_reasons sent completed failed failures peak_in_flight duration_s send_lag_s "
-        "loop_lag_s ttft_s ttft_scheduled_s ttft_answer_s tpot_s itl_s e2el_s output_tokens "
-        "output_tokens_per_s requests_per_s offered_requests_per_s goodput_requests_per_s "
-        "slo_attainment_fraction slo_attainment_interval burst server gpu equivalents"
-    ).split():
+    for name in KEYS:
         assert name in got
     for latency in ("ttft_s", "ttft_scheduled_s", "ttft_answer_s", "tpot_s", "itl_s", "e2el_s"):
         assert {"mean", "p50", "p90", "p95", "p99"} <= set(got[latency])
     assert set(got["equivalents"]) == {"vllm", "aiperf", "guidellm"}
     assert got["gpu"] is None or got["gpu"]["gpus"] >= 1
+
+
+def _cli_levels(workload: str) -> Any:
+    """The level that `kit load --workload NAME --requests 3` plans."""
+    from kit.cli.load import _levels
+
+    asked = dict.fromkeys(("request_rate", "burst", "concurrency", "trace", "duration"))
+    return _levels({**asked, "workload": workload, "requests": 3, "seed": 0})
 
 
 def test_workloads_and_traces_are_replayed(tmp_path: Path) -> None:
@@ -488,11 +493,10 @@ def test_workloads_and_traces_are_replayed(tmp_path: Path) -> None:
         common = ["--base-url", server.base_url, "--model", "m", "--json"]
         done = cli(*common, "--trace", str(trace), "--trace-format", "azure")
         got = json.loads(done.stdout)
-        chat = cli(*common, "--workload", "voice", "--burst", "1", "--timeout-s", "20", "--help")
     assert got["completed"] == 2
     assert [r["max_tokens"] for r in server.requests] == [1, 1, 3, 2]
     assert got["duration_s"] > 0.4
-    assert chat.returncode == 0
+    assert [level.kind for level in _cli_levels("voice")] == ["sessions"]
 
 
 LENGTHS = ["--input-tokens", "5", "--output-tokens", "5"]

@@ -43,7 +43,7 @@ class StreamParser:
 
     def feed(self, data: bytes, arrival_s: float) -> None:
         """Take the next bytes of the response, which arrived at `arrival_s`."""
-        if self.complete or self.reason:
+        if self.complete or self.reason == "garbage":
             return
         self._now = arrival_s
         try:
@@ -86,7 +86,8 @@ class StreamParser:
 
     def on_body(self, body: bytes) -> None:
         if self.status == 200 and self._is_events:
-            self._lines(body)
+            if self.reason is None:
+                self._lines(body)
         elif len(self._body) < 500:
             self._body += body
 
