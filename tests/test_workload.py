@@ -182,3 +182,9 @@ def test_distribution_kinds() -> None:
     assert Distribution(mean=3).sample(rng, 100_000).mean() == pytest.approx(3, rel=0.02)
     assert Distribution(median=3, sigma=1).average() == pytest.approx(3 * np.exp(0.5), rel=0.03)
     assert set(Distribution(constant=0.2).tokens(rng, 3)) == {1}
+
+
+def test_scenarios_name_presets_that_exist() -> None:
+    files = sorted((workload.FOLDER.parent / "scenarios").glob("*.yaml"))
+    named = {yaml.safe_load(file.read_text())["workload"] for file in files}
+    assert named <= set(workload.names())
