@@ -17,11 +17,13 @@ CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 FIND_PYTHON = for p in $(CANDIDATES); do "$$p" -c "$(USABLE)" >/dev/null 2>&1 && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint notebooks lab lock clean
+.PHONY: help setup run test test-engines engine lint notebooks lab lock lock-engines clean
 
 help:
 	@echo "make run        the walkthrough for one GPU (GPU=h200-sxm-141gb, SCENARIO=file.yaml, NOTEBOOKS=00,02)"
 	@echo "make test       lint, unit tests, doctests, notebooks"
+	@echo "make engine     a real engine in .engines (ENGINE=vllm or sglang): CUDA with an NVIDIA GPU, else CPU"
+	@echo "make test-engines  the tests that start those engines"
 	@echo "make setup      .venv with the kit command and the notebooks"
 	@echo "make lint       ruff, mypy, size of kit/"
 	@echo "make notebooks  build notebooks/*.ipynb from notebooks/src/*.py"
@@ -64,6 +66,13 @@ test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout=120 notebooks/*.ipynb notebooks/solutions/*.ipynb
 
+# Each engine has an environment of its own: their torch pins exclude each other and the notebooks'.
+engine:
+	@requirements/engine.sh "$(ENGINE)" "$$($(FIND_PYTHON))"
+
+test-engines: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m engine -rs --durations=0 tests/engines
+
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -84,6 +93,18 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.
 lock: $(VENV)/.dev
 	$(COMPILE) --extra notebooks --extra build -o requirements/notebooks.lock
 	$(COMPILE) --extra notebooks --extra build --extra dev -c requirements/notebooks.lock -o requirements/dev.lock
+
+# The engines' locks, for the one platform they are pinned for. CUDA: resolved, installed on a GPU host only.
+lock-engines: export UV_CUSTOM_COMPILE_COMMAND := make lock-engines
+lock-engines: $(VENV)/.dev
+	for engine in vllm sglang; do for kind in cpu cuda; do \
+	  name=requirements/engine-$$engine-$$kind; \
+	  [ $$kind = cuda ] || extra="--no-emit-package torch --override $$name.overrides"; \
+	  $(BIN)/uv pip compile $$name.in -o $$name.lock $${extra:-} --quiet --upgrade --generate-hashes \
+	    --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+	    --no-annotate --no-emit-index-url --no-config || exit 1; \
+	  extra=; \
+	done; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

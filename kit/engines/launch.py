@@ -1,0 +1,104 @@
+"""The command that starts an engine, from the templates and flag names of data/engines."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.catalog.paths import DATA
+from kit.engine_config import engine_data
+from kit.errors import UserError
+
+ROOT = DATA.parent
+ENVIRONMENTS = ROOT / ".engines"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run and how to tell that it serves."""
+
+    engine: str
+    argv: list[str]
+    environment: dict[str, str]
+    host: str
+    port: int
+    model_name: str
+    health: str
+    failure_noise: list[str]
+    container: str | None = None  # a docker container's name: it outlives the command that started it
+    cpu: bool = False  # what a CPU engine shows is behaviour, never speed
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def flag_arguments(engine: str, flags: Mapping[str, object]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment variables for our flag names, or for the engine's own (--name).
+
+    >>> flag_arguments("sglang", {"max_num_seqs": 64, "enforce_eager": True, "--enable-mixed-chunk": ""})
+    (['--max-running-requests', '64', '--disable-cuda-graph', '--enable-mixed-chunk'], {})
+    """
+    names = engine_data(engine)["flags"]
+    arguments: list[str] = []
+    variables: dict[str, str] = {}
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        spelling = name if name.startswith("-") else names.get(name)
+        if spelling is None:
+            raise UserError(f"{engine} has no flag for {name}; it has {', '.join(filter(names.get, names))}")
+        if not spelling.startswith("-"):
+            variables[spelling] = str(value)
+        else:
+            arguments += [spelling] if value is True or value == "" else [spelling, str(value)]
+    return arguments, variables
+
+
+def launch(
+    engine: str,
+    model: str,
+    flags: Mapping[str, object] | None = None,
+    *,
+    port: int,
+    host: str = "127.0.0.1",
+    served_model_name: str | None = None,
+    command: str | None = None,
+    docker: bool = False,
+    version: str | None = None,
+) -> Launch:
+    """The start of an engine: from .engines/<engine> (make engine), a docker image, or `command`.
+
+    A `command` of the user's may hold {model}, {host}, {port}, {served_model_name} and {flags};
+    flags go to its end where it holds no {flags}.
+    """
+    data = engine_data(engine)
+    rule, folder = data["start"], ENVIRONMENTS / engine
+    cpu = command is None and not docker and (folder / "cpu").exists()
+    if not command and not docker and not (folder / "bin").is_dir():
+        raise UserError(f"{engine} is not installed: make engine ENGINE={engine}, or give its command")
+    added, variables = flag_arguments(engine, flags or {})
+    local = str(Path(model).resolve()) if Path(model).is_dir() else model
+    version = version or str(data["newest"])
+    fields: dict[str, object] = {
+        "bin": folder / "bin", "root": ROOT, "model": local, "host": host, "port": port,
+        "served_model_name": served_model_name or model, "name": f"kit-{engine}-{port}",
+        "image": rule["image"].format(version=version), "flags": shlex.join(added),
+    }  # fmt: skip
+    special = rule.get("cpu", {}) if cpu else {}
+    template = command or (rule["docker"] if docker else special.get("command", rule["command"]))
+    try:
+        argv = shlex.split(template.format_map(fields))
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"engine command {template!r}: {error}; known: {', '.join(fields)}") from None
+    argv += shlex.split(special.get("arguments", "")) + ([] if "{flags}" in template else added)
+    stated = rule["environment"] | special.get("environment", {})
+    environment = {name: text.format_map(fields) for name, text in stated.items()} | variables
+    if local != model or Path(model).is_absolute():
+        environment.setdefault("HF_HUB_OFFLINE", "1")
+    return Launch(
+        engine, argv, {**environment, **{n: os.environ[n] for n in environment if n in os.environ}},
+        host, port, served_model_name or model, rule["health"], rule["failure_noise"],
+        str(fields["name"]) if docker else None, cpu,
+    )  # fmt: skip
