@@ -84,7 +84,7 @@ def _holds(case: scenario.Scenario, key: str) -> str:
     """How many of that GPU hold a scenario, in replicas where one node does not; empty for never."""
     spec, card = find_model(case.model), find_gpu(key)
     config = case.config(spec, gpu_count=case.gpu_count)
-    one = scenario.row(case, spec, card, config)
+    one = scenario.row(case, spec, card, config, case.demand())
     if one["fits"] or case.models:
         return f"{case.gpu_count}x {key}" if one["fits"] else ""
     if fewest := scenario.smallest_count(spec, card, config, case.demand()):

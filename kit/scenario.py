@@ -167,32 +167,51 @@ def pack_roles(scenario: Scenario, gpu: GpuSpec, config: EngineConfig) -> list[P
 
 
 HEADINGS = {
-    "gpu": "GPU", "count": "GPUs", "fits": "fits", "sessions": "sessions", "interval": "90 %",
+    "gpu": "GPU", "count": "GPUs", "split": "split", "fits": "fits", "sessions": "sessions", "interval": "90 %",
     "limited_by": "limited by", "kv_pool_gib": "KV pool GiB", "provenance": "provenance",
 }  # fmt: skip
 
 
-def row(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> dict[str, Any]:
-    """One line of the answer: does that GPU hold the scenario, how many sessions, what limits them.
+def row(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, Any]:
+    """One line of the answer for a scenario; where it runs several engines, all of them side by side."""
+    if not case.models or spec.key != find_model(case.model).key:
+        return hold_row(spec, gpu, config, demand)
+    packed = pack_row(case, gpu, config)
+    limit = f"{packed['GiB left']:+.1f} GiB left"
+    kept = {name: packed[name] for name in ("gpu", "count", "fits", "sessions", "provenance")}
+    return kept | {"limited_by": limit, "provenance": "modelled"}
 
-    Where the scenario runs several engines, all of them side by side.
-    """
-    first = {"gpu": gpu.key, "count": config.gpu_count}
-    if case.models and spec.key == find_model(case.model).key:
-        packings = pack_roles(case, gpu, config)
-        fits = all(packing.fits for packing in packings)
-        held = sum(share.sessions for packing in packings for share in packing.shares)
-        left = min(packing.leftover_bytes for packing in packings) / GIB
-        found = {"fits": fits, "sessions": held if fits else 0}
-        return first | found | {"limited_by": f"{left:+.1f} GiB left", "provenance": "modelled"}
-    one = hold(spec, gpu, config, case.demand())
-    low, high = one.sessions_interval
-    return first | {
+
+def hold_row(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, Any]:
+    """Does that GPU hold the demand, how many sessions, what limits them: a line of a table, see HEADINGS."""
+    one = hold(spec, gpu, config, demand)
+    resolved = one.memory.config
+    sizes = {"TP": resolved.tensor_parallel_size, "PP": resolved.pipeline_parallel_size}
+    return {
+        "gpu": gpu.key,
+        "count": resolved.gpu_count,
+        "split": " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "-",
         "fits": one.answer.fits,
         "sessions": one.answer.max_concurrent_sessions,
-        "interval": f"{low} to {high}",
+        "interval": "{} to {}".format(*one.sessions_interval),
         "limited_by": one.answer.limited_by,
-        "kv_pool_gib": one.memory.pool.size_bytes * config.gpu_count / GIB,
+        "kv_pool_gib": one.memory.pool.size_bytes * resolved.gpu_count / GIB,
+        "provenance": "modelled",
+    }
+
+
+def pack_row(case: Scenario, gpu: GpuSpec, config: EngineConfig) -> dict[str, Any]:
+    """Whether the scenario's separate engines fit, with the share of each: a line of a table."""
+    packings = pack_roles(case, gpu, config)
+    fits = all(packing.fits for packing in packings)
+    shares = [share for packing in packings for share in packing.shares]
+    return {
+        "gpu": gpu.key,
+        "count": config.gpu_count,
+        "shares": " + ".join(f"{share.gpu_memory_utilization:.3f}" for share in shares),
+        "GiB left": min(packing.leftover_bytes for packing in packings) / GIB,
+        "fits": fits,
+        "sessions": sum(share.sessions for share in shares) if fits else 0,
         "provenance": "modelled",
     }
 
@@ -201,7 +220,7 @@ def decide(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, 
     """The decision on one kind of GPU: what was asked, and the fewest GPUs that hold it."""
     asked = hold(spec, gpu, config, demand)
     fewest = smallest_count(spec, gpu, config, demand)
-    rows = [row(case, spec, find_gpu(key), config) for key in case.gpus]
+    rows = [row(case, spec, find_gpu(key), config, demand) for key in case.gpus]
     changes = [] if asked.answer.fits else list(alternatives(spec, gpu, config, demand))
     return {
         "asked": _chosen(asked, config),
@@ -250,10 +269,9 @@ def sentences(case: Scenario, gpu: GpuSpec, demand: Demand, decision: Mapping[st
     lines.append(f"Asked, {_told(asked, gpu)}: {'fits' if asked['fits'] else 'does not fit'}.")
     if best:
         lines.append(f"Recommended, {_told(best, gpu)}.")
-        flags = " ".join(f"{flag} {value}".strip() for flag, value in best["engine_args"].items())
-        lines.append(f"Flags: {flags}")
+        lines.append("Flags: " + " ".join(f"{flag} {value}".strip() for flag, value in best["engine_args"].items()))
         longest = best["kv_cache_tokens"] // wanted
-        lines.append(f"Changes the answer: sessions beyond {longest:,} tokens, or more of them.")
+        lines.append(f"Room to grow: its pool holds {wanted} sessions of up to {longest:,} tokens each.")
     else:
         lines.append(f"Up to {COUNTS[-1]}x {gpu.key} do not hold them on one replica at these dtypes.")
     if not asked["fits"]:

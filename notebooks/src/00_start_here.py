@@ -56,7 +56,8 @@ run = notebook.begin("00_start_here", **names, source=source, output_dir=output_
 flags = {"engine": engine, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 config = case.config(run.model, gpu_count=case.gpu_count, **flags)
 cards = dict.fromkeys([*case.gpus, run.gpu.key])
-rows = [scenarios.row(case, run.model, catalog.gpu(key), config) for key in cards]
+demand = case.demand()
+rows = [scenarios.row(case, run.model, catalog.gpu(key), config, demand) for key in cards]
 paused = f" and {case.paused_sessions} paused" if case.paused_sessions else ""
 print(f"{case.title}: {run.model.key}, {case.context_tokens:,} tokens a session")
 print(f"Asked for: {case.sessions} active{paused} sessions\n")
@@ -73,8 +74,8 @@ print(notebook.table(rows, {key: scenarios.HEADINGS[key] for key in rows[0]}))
 # that helps?
 
 # %%
-own = scenarios.hold(run.model, run.gpu, config, case.demand())
-changes = list(alternatives(run.model, run.gpu, config, case.demand()))
+own = scenarios.hold(run.model, run.gpu, config, demand)
+changes = list(alternatives(run.model, run.gpu, config, demand))
 verdict = "holds them as asked" if own.answer.fits else "would hold them with"
 print(f"{config.gpu_count}x {run.gpu.key}, one engine: {verdict}")
 print("\n".join(f"  {change}" for change in ([] if own.answer.fits else changes)))
@@ -153,20 +154,20 @@ notebook.prose_table(notebook.chapters())
 sessions_fp8 = None
 # solution
 narrow = case.config(run.model, gpu_count=case.gpu_count, **(flags | {"kv_cache_dtype": "fp8"}))
-found = scenarios.hold(run.model, run.gpu, narrow, case.demand())
+found = scenarios.hold(run.model, run.gpu, narrow, demand)
 sessions_fp8 = found.answer.max_concurrent_sessions
 
 # %% tags=["exercise"]
 check = case.config(run.model, gpu_count=case.gpu_count, **(flags | {"kv_cache_dtype": "fp8"}))
-right = scenarios.hold(run.model, run.gpu, check, case.demand()).answer.max_concurrent_sessions
+right = scenarios.hold(run.model, run.gpu, check, demand).answer.max_concurrent_sessions
 print(notebook.check(sessions_fp8, right))
 
 # %% [markdown]
 # ## Decision
 
 # %% tags=["nbval-check-output"]
-decision = scenarios.decide(case, run.model, run.gpu, config, case.demand())
-lines = scenarios.sentences(case, run.gpu, case.demand(), decision)
+decision = scenarios.decide(case, run.model, run.gpu, config, demand)
+lines = scenarios.sentences(case, run.gpu, demand, decision)
 left = [one["question"] for one in notebook.chapters() if one["notebook"] != run.notebook]
 told = "Still to find out: first tokens (03), the real engine (04), flags (05), price (07)."
 run.finish(decision | {"to_find_out": left}, [*lines, told])
