@@ -43,20 +43,27 @@ def lines(notebook: str) -> list[Line]:
     return [line(record) for record in records if notebook in record["notebooks"]]
 
 
-def rows(notebook: str) -> list[dict[str, Any]]:
+def rows(notebook: str) -> list[dict[str, str]]:
     """A notebook's lines as a table reads them."""
     return [
         {
             "line": one.id,
             "the article says": one.claim,
             "its figure (quoted)": f"{one.figure} {one.unit}",
-            "ours (modelled)": one.ours,
-            "on condition": "" if one.on_condition is None else one.on_condition,
-            "verdict": one.verdict,
+            "ours (modelled)": _number(one.ours) + _on_condition(one),
+            "verdict": f"**{one.verdict}**",
             "why": one.reason,
         }
         for one in lines(notebook)
     ]
+
+
+def _on_condition(one: Line) -> str:
+    return "" if one.on_condition is None else f"; on condition {_number(one.on_condition)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def table(section: str, notebook: str) -> list[dict[str, str]]:

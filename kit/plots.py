@@ -23,7 +23,7 @@ _COMPARED = (
 PARTS = {
     "weights": "#3f90da",
     "activation": "#ffa90e",
-    "non-torch": "#832db6",
+    "outside PyTorch": "#832db6",
     "CUDA graphs": "#a96b59",
     "KV pool": "#8fc98b",
     "outside the share": "#e3e6ea",
@@ -121,7 +121,7 @@ def pool_by_max_num_seqs(
     ax = ax or plt.gca()
     seqs = [2**power for power in range(4, 12)]
     ends: list[tuple[float, str, str]] = []
-    lost = 0.0
+    lost: list[str] = []
     for index, version in enumerate(versions):
         base, colour = replace(config, engine_version=version, max_num_seqs=None), f"C{index}"
         plans = [plan(spec, gpu, replace(base, max_num_seqs=count)) for count in seqs]
@@ -132,11 +132,11 @@ def pool_by_max_num_seqs(
         ax.plot(*at, "|", color=colour, markersize=18, markeredgewidth=2)
         ax.annotate("default", at, xytext=(6, 6), textcoords="offset points", fontsize=9)
         ends.append((pools[-1], f"{config.engine} {version}", colour))
-        lost = pools[0] - pools[-1]
+        lost.append(f"{pools[0] - pools[-1]:.1f} GiB in {version}")
     _log2(ax, seqs)
     _label_ends(ax, seqs[-1], ends)
     ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
-    finding = f"In {versions[-1]}, raising --max-num-seqs to {seqs[-1]:,} costs {lost:.1f} GiB of pool"
+    finding = f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}"
     _title(ax, finding, default)
     return ax
 

@@ -38,8 +38,8 @@ output_dir: str = ""  # empty means write no files
 # %% tags=["nbval-ignore-output"]
 from kit import article, catalog, notebook
 from kit import scenario as scenarios
+from kit.decision import decide, sentences
 from kit.errors import UserError
-from kit.memory.sessions import alternatives
 
 case = scenarios.load(scenario)
 names = {"gpu": gpu, "model": model or case.model, "scenario": scenario}
@@ -74,14 +74,14 @@ print(notebook.table(rows, {key: scenarios.HEADINGS[key] for key in rows[0]}))
 # that helps?
 
 # %%
-own = scenarios.hold(run.model, run.gpu, config, demand)
-changes = list(alternatives(run.model, run.gpu, config, demand))
-verdict = "holds them as asked" if own.answer.fits else "would hold them with"
-print(f"{config.gpu_count}x {run.gpu.key}, one engine: {verdict}")
-print("\n".join(f"  {change}" for change in ([] if own.answer.fits else changes)))
+decision = decide(case, run.model, run.gpu, config, demand)
+lines = sentences(case, run.gpu, demand, decision)
+print("\n".join(lines))
 
 # %% [markdown]
-# **Reading it.** The list goes from the change that costs nothing to hire (fewer bits in the KV cache, fewer bits
+# **Reading it.** "Asked" is the scenario's number of GPUs, "recommended" the fewest of this card that hold every
+# session at its longest context at the same precision.
+# The list of what would fit goes from the change that costs nothing to hire (fewer bits in the KV cache, fewer bits
 # in the weights) to more GPUs of the same kind and larger ones.
 # Fewer bits change the model's answers; test yours before you rely on them.
 #
@@ -166,8 +166,6 @@ print(notebook.check(sessions_fp8, right))
 # ## Decision
 
 # %% tags=["nbval-check-output"]
-decision = scenarios.decide(case, run.model, run.gpu, config, demand)
-lines = scenarios.sentences(case, run.gpu, demand, decision)
 left = [one["question"] for one in notebook.chapters() if one["notebook"] != run.notebook]
 told = "Still to find out: first tokens (03), the real engine (04), flags (05), price (07)."
 run.finish(decision | {"to_find_out": left}, [*lines, told])

@@ -44,6 +44,7 @@ from matplotlib import pyplot as plt
 
 from kit import article, catalog, notebook, plots
 from kit import scenario as scenarios
+from kit.decision import decide, sentences
 from kit.engine_config import EngineConfig
 from kit.errors import UserError
 from kit.memory import plan, sessions
@@ -60,8 +61,8 @@ run = notebook.begin("02_size_vram", **names, source=source, output_dir=output_d
 flags = {"engine": engine, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
 config = case.config(run.model, gpu_count=gpu_count or case.gpu_count, **flags)
 demand = case.demand(headroom_fraction)
-decision = scenarios.decide(case, run.model, run.gpu, config, demand)
-print("\n".join(scenarios.sentences(case, run.gpu, demand, decision)))
+decision = decide(case, run.model, run.gpu, config, demand)
+print("\n".join(sentences(case, run.gpu, demand, decision)))
 if earlier := run.earlier("00_start_here"):
     print("\n00 said:", earlier["decision"][1])
 
@@ -205,8 +206,9 @@ print(f"\nA pause that loses its cache: {again_s:.2f} s of prefill at least (mod
 # ## What does --max-num-seqs do to the pool?
 #
 # The article calls `--max-num-seqs` the primary lever on VRAM (F5).
-# It caps how many requests run in one batch; what it takes from the pool is the sampler's memory in the profiling
-# run, and since vLLM 0.21 the captured CUDA graphs as well.
+# It caps how many requests run in one batch.
+# What it takes from the pool depends on the version: rows of the sampler in the profiling run, and since vLLM 0.21
+# the captured CUDA graphs.
 
 # %%
 vllm = replace(config, engine="vllm", engine_version=None)
@@ -214,7 +216,8 @@ plots.pool_by_max_num_seqs(run.model, run.gpu, vllm, ("0.16.0", "0.32.0"))
 plt.show()
 
 # %% [markdown]
-# **Reading it.** The lever is real and small: it moves the pool by GiB, not by half.
+# **Reading it.** The lever is real and small: it moves the pool by GiB, not by half, and what it costs changes
+# with the engine's version.
 # It does not reserve a slot of KV cache per sequence.
 # Set it for latency (notebook 05) and let the pool decide the sessions.
 #
@@ -226,7 +229,8 @@ changed = [replace(config, quantization=bits, kv_cache_dtype=kv) for bits, kv in
 labels = [{"weights": bits, "KV cache": kv.replace("auto", "16 bits")} for bits, kv in formats]
 found = [scenarios.hold_row(run.model, run.gpu, one, demand) for one in changed]
 rows = [label | one for label, one in zip(labels, found, strict=True)]
-print(notebook.table(rows, {"weights": "weights", "KV cache": "KV cache", **scenarios.HEADINGS}))
+columns = ("weights", "KV cache", "fits", "sessions", "interval", "kv_pool_gib", "provenance")
+print(notebook.table(rows, {key: scenarios.HEADINGS.get(key, key) for key in columns}))
 
 # %% [markdown]
 # **Reading it.** With many sessions the KV cache's bits count for more than the weights' bits: an 8-bit cache
@@ -240,11 +244,13 @@ print(notebook.table(rows, {"weights": "weights", "KV cache": "KV cache", **scen
 # The article offers three H200 for a 70B model (C6):
 
 # %%
+import textwrap
+
 big = catalog.model("llama-3.1-70b")
 try:
     plan(big, h200, EngineConfig(gpu_count=3, tensor_parallel_size=3))
 except UserError as refusal:
-    print(f"refused: {refusal}")
+    print("refused:", textwrap.fill(str(refusal), 88))
 
 # %%
 ten = sessions.Demand(context_tokens=32_768, sessions=10)
@@ -274,10 +280,12 @@ rows = [
     for key in ("l40s-48gb", "h100-pcie-80gb")
     for name, one in variants.items()
 ]
-print(notebook.table(rows))
+columns = ("gpu", "flags", "shares", "GiB left", "fits", "sessions", "provenance")
+print(notebook.table(rows, {key: scenarios.HEADINGS.get(key, key) for key in columns}))
 first = plan(catalog.model(team.model), catalog.gpu("h100-pcie-80gb"), EngineConfig())
 left = (first.gpu.memory_bytes - first.budget.size_bytes) / GIB
-print(f"\nOn an H100 PCIe one engine at its default leaves {left:.1f} GiB; a second wants as much again.")
+wanted = first.budget.size_bytes / GIB
+print(f"\nOn an H100 PCIe one engine at its default leaves {left:.1f} GiB; a second one wants {wanted:.1f}.")
 
 # %% [markdown]
 # **Reading it.** Where the first line of a card is negative and the second is not, the default batch limits stand in
@@ -295,7 +303,7 @@ print(f"\nOn an H100 PCIe one engine at its default leaves {left:.1f} GiB; a sec
 # Their answers are long (ServeGen's deepseek-r1 clients: 792 tokens at the median, 12,607 at p99), and the cache
 # grows while they are written.
 # When the pool is full, vLLM preempts a request and computes it again later.
-# It does not spill to host memory by itself.
+# It does not spill to host memory by itself (quoted: vLLM's optimization guide).
 
 # %%
 alone = sessions.Demand(context_tokens=32_768)
@@ -306,7 +314,7 @@ for key, bits in (("llama-3.1-70b", "bf16"), ("llama-3.1-70b", "fp8"), ("deepsee
     needed = {"model": key, "weights": bits, "H200 needed": fewest.memory.config.gpu_count}
     rows.append(needed | scenarios.hold_row(spec, h200, asked, alone))
 columns = ("model", "weights", "sessions", "limited_by", "H200 needed", "provenance")
-print(notebook.table(rows, {key: key for key in columns}))
+print(notebook.table(rows, {key: scenarios.HEADINGS.get(key, key) for key in columns}))
 print("\nSessions of 32K tokens on one H200. DeepSeek R1 has the shape of deepseek-v3.")
 
 # %% [markdown]
@@ -439,7 +447,7 @@ print("\n".join(notebook.check(*pair) for pair in zip(given, numbers, strict=Tru
 # ## Decision
 
 # %% tags=["nbval-check-output"]
-run.finish(decision, scenarios.sentences(case, run.gpu, demand, decision))
+run.finish(decision, sentences(case, run.gpu, demand, decision))
 
 # %% [markdown]
 # ## Recap
