@@ -12,13 +12,16 @@ import socket
 import ssl
 import struct
 from array import array
-from collections.abc import Callable
+from random import randrange
 from time import monotonic, time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from kit.loadgen.plan import Target
 from kit.loadgen.prompts import Conversation
 from kit.loadgen.stream import StreamParser
+
+if TYPE_CHECKING:
+    from kit.loadgen.driver import Driver
 
 SO_TIMESTAMPNS = 35  # Linux; the socket module has no name for it
 READ_BYTES = 1 << 15
@@ -33,14 +36,17 @@ CHUNKED = re.compile(
 LAST_CHUNK = b"0\r\n\r\n"
 STREAM_END = b"\n\r\n0\r\n\r\n"
 SHORT = len(STREAM_END)
+# Reads kept before a long answer is parsed while it runs; spread, so that streams which started
+# together are not parsed together.
+READS_KEPT, READS_SPREAD = 96, 64
 
 
 class Call:
     """One request on the wire: its raw reads with arrival times, parsed when there is time."""
 
     __slots__ = (
-        "arrivals", "asked", "connect_s", "conversation", "data", "due", "eager", "end", "parser",
-        "reads", "reason", "retried", "scheduled", "sent", "turn",
+        "arrivals", "asked", "connect_s", "conversation", "data", "due", "eager", "end", "keep",
+        "parser", "reads", "reason", "retried", "scheduled", "sent", "turn",
     )  # fmt: skip
 
     def __init__(self, conversation: Conversation, scheduled: float) -> None:
@@ -51,6 +57,7 @@ class Call:
         self.reason: str | None = None
         self.connect_s: float | None = None
         self.retried = False
+        self.keep = READS_KEPT + randrange(READS_SPREAD)
         self.reset()
 
     def reset(self) -> None:
@@ -70,20 +77,10 @@ class Call:
         return not self.reads
 
 
-class Owner(Protocol):
-    """What a connection needs of the driver."""
-
-    wall_offset: float
-    read_lags: "array[float]"
-
-    def ended(self, connection: "Connection", call: Call, arrival: float) -> None: ...
-    def lost(self, connection: "Connection", call: Call | None) -> None: ...
-
-
 class Connection:
     """One socket with at most one call on it."""
 
-    def __init__(self, owner: Owner, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    def __init__(self, owner: "Driver", loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
         self.owner, self.loop, self.sock = owner, loop, sock
         self.call: Call | None = None
         self.used = 0
@@ -151,6 +148,8 @@ class Connection:
         call.arrivals.append(arrival)
         if call.eager or data.endswith(LAST_CHUNK) or len(data) < SHORT:
             self._look_for_end(call, data, arrival)
+        elif len(call.reads) > call.keep:
+            call.parse()
 
     def _look_for_end(self, call: Call, data: bytes, arrival: float) -> None:
         if call.eager and CHUNKED.match(data):
@@ -204,7 +203,7 @@ class _TlsBytes(asyncio.Protocol):
 class Connector:
     """Opens connections to one target, its name resolved and its TLS context made once."""
 
-    def __init__(self, target: Target, owner: Owner, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, target: Target, owner: "Driver", loop: asyncio.AbstractEventLoop) -> None:
         self.owner, self.loop = owner, loop
         self.host, port = target.address
         found = socket.getaddrinfo(self.host, port, type=socket.SOCK_STREAM)[0]
@@ -233,11 +232,12 @@ class Connector:
         return connection
 
     async def _wrap(self, connection: Connection, context: ssl.SSLContext) -> None:
-        factory: Callable[[], Any] = lambda: _TlsBytes(connection)  # noqa: E731
-        transport, _ = await self.loop.create_connection(
-            factory, sock=connection.sock, ssl=context, server_hostname=self.host
+        connection.transport, _ = await self.loop.create_connection(
+            lambda: _TlsBytes(connection),
+            sock=connection.sock,
+            ssl=context,
+            server_hostname=self.host,
         )
-        connection.transport = transport
 
 
 def wall_offset() -> float:

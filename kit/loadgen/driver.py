@@ -5,21 +5,18 @@ import errno
 from array import array
 from bisect import insort
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import count
 from time import monotonic
 
 from kit.loadgen.connection import Call, Connection, Connector, wall_offset
-from kit.loadgen.plan import LAP_KEYS, OPEN_LOOPS, SPARE_CONNECTIONS, Level, Target
+from kit.loadgen.plan import LAP_KEYS, Level, Target
 from kit.loadgen.prompts import Conversation, PromptModel, request_bytes
 from kit.loadgen.recorder import Recorder
 from kit.workload import Session
 
-# Requests that fall due together are sent at this pace: a server on the same machine, which has to
-# take each in, keeps up, and 10,000 are still out within 0.15 s. At most so many per round, then
-# the loop reads what has arrived: sends never starve reads.
-SEND_GAP_S = 13e-6
+# At most so many per round, then the loop reads what has arrived: sends never starve reads.
 SENDS_PER_ROUND = 128
 CATCH_UP_S = 0.01  # a pace that fell behind catches up by this much
 LOOP_GRAIN_S = 0.001
@@ -46,7 +43,7 @@ class Driver:
         self.due: list[tuple[float, int, Call]] = []  # (-time, -ticket, call), the next one last
         self.paced = 0.0
         self.ticket = count()
-        self.sent = self.unsent_turns = self.opening = self.open_sessions = 0
+        self.sent = self.unsent_turns = self.open_sessions = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.stop_at = float("inf")
@@ -120,13 +117,13 @@ class Driver:
         self.timer = None
         now = monotonic()
         self.paced = max(self.paced, now - CATCH_UP_S)
-        allowed = min(SENDS_PER_ROUND, int((now - self.paced) / SEND_GAP_S))
+        allowed = min(SENDS_PER_ROUND, int((now - self.paced) / self.level.send_gap_s))
         while self.due and self.due[-1][0] >= -now:
             if not allowed:
                 self._sleep(LOOP_GRAIN_S if now - self.paced < LOOP_GRAIN_S else 0)
                 return
             allowed -= 1
-            self.paced += SEND_GAP_S
+            self.paced += self.level.send_gap_s
             self._launch(self.due.pop()[2])
         if self.due and self.timer is None:
             self._sleep(-self.due[-1][0] - now)
@@ -140,8 +137,6 @@ class Driver:
             self._build(call)
         if self.idle and not self.target.cold_connects:
             self._send(self.idle.popleft(), call)
-            if self.level.kind in OPEN_LOOPS and len(self.idle) < SPARE_CONNECTIONS:
-                self._open_spare()
         else:
             self._send_on_new(call)
 
@@ -150,21 +145,9 @@ class Driver:
         self.sent += not call.retried
         connection.send(call)
 
-    def _open_spare(self) -> None:
-        if self.opening < SPARE_CONNECTIONS:
-            self.opening += 1
-            self._background(self._spare_and_count())
-
-    async def _spare_and_count(self) -> None:
-        await self._spare(asyncio.Semaphore(1))
-        self.opening -= 1
-
     def _send_on_new(self, call: Call) -> None:
         self.in_flight[call] = None
-        self._background(self._connect_and_send(call))
-
-    def _background(self, work: Coroutine[None, None, None]) -> None:
-        task = self.loop.create_task(work)
+        task = self.loop.create_task(self._connect_and_send(call))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 

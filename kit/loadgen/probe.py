@@ -13,7 +13,7 @@ from kit.loadgen.stream import StreamParser
 PROBE_TIMEOUT_S = 30.0
 PROBE_WORDS = (40, 296)
 # What a word may plausibly cost, and a chat template add; else the server's count is not believed.
-TOKENS_PER_WORD = (0.5, 4.0)
+TOKENS_PER_WORD = (0.5, 8.0)  # above 6: a tokenizer of single characters
 OVERHEAD_TOKENS = (-2.0, 1000.0)
 
 

@@ -17,8 +17,6 @@ SLICE_S = 0.001  # parse at most this long,
 PERIOD_S = 0.005  # this often, while the run is on
 READS_PER_STEP = 64
 FLUSH_S = 0.25  # a kill loses at most what finished within this time
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-MEMORY_SOFT_BYTES = 600 << 20  # beyond this, answers still under way are parsed too
 FLOATS = (
     "scheduled_s", "due_s", "sent_s", "first_token_s", "first_answer_s", "last_token_s", "end_s",
     "connect_s", "asked_tokens", "output_tokens", "first_chunk_tokens", "input_len",
@@ -41,12 +39,11 @@ class Recorder:
         self.gaps = array("d")
         self.lines: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.in_flight: dict[Call, Any] = {}
         self.t0 = self.flushed = 0.0
 
-    def start(self, t0: float, in_flight: dict[Call, Any]) -> None:
+    def start(self, t0: float) -> None:
         """Begin the slices; times are told relative to t0."""
-        self.t0, self.in_flight = t0, in_flight
+        self.t0 = t0
         asyncio.get_running_loop().call_later(PERIOD_S, self._slice)
 
     def add(self, call: Call) -> None:
@@ -60,16 +57,7 @@ class Recorder:
             self._step()
         if monotonic() > self.flushed + FLUSH_S:
             self.flush()
-            if not self.finished and _resident_bytes() > MEMORY_SOFT_BYTES:
-                self._relieve(until + 4 * SLICE_S)
         asyncio.get_running_loop().call_later(PERIOD_S, self._slice)
-
-    def _relieve(self, until: float) -> None:
-        """Parse the longest waiting answers that are still under way, to free their bytes."""
-        for call in sorted(self.in_flight, key=lambda call: -len(call.reads)):
-            if monotonic() > until or not call.reads:
-                return
-            call.parse(READS_PER_STEP)
 
     def _step(self) -> None:
         call = self.finished[0]
@@ -145,11 +133,3 @@ class Recorder:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * PAGE_BYTES
-    except OSError:
-        return 0

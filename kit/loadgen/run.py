@@ -1,9 +1,10 @@
 """The parent of a run: descriptors, workers, one clock for all, progress, resume by level."""
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import resource
-import selectors
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from kit.errors import UserError
 from kit.loadgen.plan import STREAMS_PER_WORKER, Level, Target
@@ -19,7 +20,7 @@ from kit.loadgen.probe import calibrate
 from kit.loadgen.prompts import PromptModel
 from kit.loadgen.summary import summarize_level
 from kit.loadgen.watch import ServerWatch
-from kit.loadgen.worker import Job, read_frame, send_frame
+from kit.loadgen.worker import Job
 
 DESCRIPTORS_BESIDE = 64  # files, pipes and the loop's own
 START_DELAY_S = 0.1  # from "go" to the first scheduled time
@@ -78,14 +79,17 @@ def measure(
 
 def _claim(out: Path, config: dict[str, Any]) -> None:
     """Write config.json; refuse a folder that holds a run with another configuration."""
-    out.mkdir(parents=True, exist_ok=True)
     held = out / "config.json"
     if held.exists():
         other = json.loads(held.read_text(encoding="utf-8"))
         differs = sorted(key for key in {*other, *config} if other.get(key) != config.get(key))
         if differs:
             raise UserError(f"--out {out} holds a run with another {', '.join(differs)}")
-    _write_json(held, config)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_json(held, config)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -107,25 +111,25 @@ def _fresh_records(folder: Path) -> Path:
 def _run_level(
     target: Target, level: Level, prompts: PromptModel, options: Options, path: Path | None
 ) -> dict[str, Any]:
-    workers = _workers(level, options)
-    gpu_log = path.with_name("gpu.jsonl") if path else None
-    watch = ServerWatch(options.metrics_url or _metrics_url(target), gpu_log)
-    crew = [
-        _Worker(Job(target, share, prompts, str(path) if path else None))
-        for share in level.deal(workers)
-    ]
+    root = target.base_url.rstrip("/").removesuffix("/v1")
+    watch = ServerWatch(options.metrics_url or root + "/metrics")
+    name = str(path) if path else None
+    shares = level.deal(_workers(level, options))
+    crew = [_Worker(Job(target, share, prompts, name)) for share in shares]
     try:
-        connects = [worker.ready() for worker in crew]
+        connects = [seconds for worker in crew for seconds in worker.pipe.recv()]
         t0 = monotonic() + START_DELAY_S
         for worker in crew:
-            worker.send(t0)
+            worker.pipe.send(t0)
         _follow(crew, level, watch, options.log)
+    except EOFError:
+        raise RuntimeError("a load worker ended before its start; its error is above") from None
     finally:
         for worker in crew:
             worker.stop()
     watch.poll()
-    results = [worker.result for worker in crew]
-    lost = sum(len(worker.job.level.sessions) for worker in crew if worker.result is None)
+    results = [worker.result for worker in crew if worker.result is not None]
+    lost = sum(len(worker.share.sessions) for worker in crew if worker.result is None)
     limits = options.slo_ttft_s, options.slo_tpot_s
     return summarize_level(level, results, connects, lost, watch, limits)
 
@@ -138,18 +142,14 @@ def _workers(level: Level, options: Options) -> int:
     return max(1, min(options.workers or enough, streams))
 
 
-def _metrics_url(target: Target) -> str:
-    return target.base_url.rstrip("/").removesuffix("/v1") + "/metrics"
-
-
 def _raise_descriptors(level: Level, options: Options) -> None:
     """Raise the soft limit of open files to the hard one, which must suffice for the level."""
     need = ceil(level.streams() / _workers(level, options)) + DESCRIPTORS_BESIDE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and need > hard:
         raise UserError(
-            f"{need} open files needed per worker, the hard limit is {hard}; raise it with "
-            f"`sudo prlimit --pid $$ --nofile={need}:{need}` (in a container: --ulimit "
+            f"{level.name} needs {need} open files per worker, the hard limit is {hard}; raise it "
+            f"with `sudo prlimit --pid $$ --nofile={need}:{need}` (in a container: --ulimit "
             f"nofile={need}), or spread the streams with --workers"
         )
     if soft != hard:
@@ -157,52 +157,39 @@ def _raise_descriptors(level: Level, options: Options) -> None:
 
 
 class _Worker:
-    """One worker process and the pipes to it."""
+    """One worker process and the pipe to it."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.share = job.level
         self.result: dict[str, Any] | None = None
         self.progress: dict[str, int] = {}
-        command = [sys.executable, "-c", "from kit.loadgen.worker import main; main()"]
+        self.pipe, other = multiprocessing.Pipe()
+        code = f"from kit.loadgen.worker import main; main({other.fileno()})"
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", code],
+            pass_fds=[other.fileno()],
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
-        self.stdin = cast(BinaryIO, self.process.stdin)
-        self.stdout = cast(BinaryIO, self.process.stdout)
-        self.send(job)
-
-    def send(self, message: Any) -> None:
-        send_frame(self.stdin, message)
-
-    def ready(self) -> list[float]:
-        """Wait until requests and connections are ready; the seconds that each connect took."""
-        try:
-            connects: list[float] = read_frame(self.stdout)["ready"]
-        except EOFError:
-            raise RuntimeError("a load worker ended before its start; its error is above") from None
-        return connects
+        other.close()
+        self.pipe.send(job)
 
     def read(self) -> bool:
         """Take one message; false when there will be no more."""
         try:
-            message = read_frame(self.stdout)
-        except EOFError:
+            message = self.pipe.recv()
+        except (EOFError, OSError):
             return False
         self.progress = message.get("progress", self.progress)
-        self.result = message.get("result")
+        self.result = None if "progress" in message else message
         return self.result is None
 
     def stop(self) -> None:
-        """End the process: closing its stdin is enough while its loop runs."""
-        self.stdin.close()
+        """End the process, whatever it is doing."""
         if self.result is None:
             self.process.kill()
         self.process.wait()
-        self.stdout.close()
+        self.pipe.close()
 
 
 def _follow(
@@ -210,22 +197,14 @@ def _follow(
 ) -> None:
     """Collect messages until every worker has given its result; poll the server; tell progress."""
     started = polled = monotonic()
-    with selectors.DefaultSelector() as selector:
-        for worker in crew:
-            selector.register(worker.stdout, selectors.EVENT_READ, worker)
-        while selector.get_map():
-            for key, _ in selector.select(POLL_S):
-                if not key.data.read():
-                    selector.unregister(key.fileobj)
-            if monotonic() - polled >= POLL_S:
-                polled = monotonic()
-                watch.poll()
-                log(_progress(level, crew, polled - started))
-
-
-def _progress(level: Level, crew: list[_Worker], elapsed_s: float) -> str:
-    names = ("sent", "completed", "failed", "in_flight")
-    sums = {name: sum(worker.progress.get(name, 0) for worker in crew) for name in names}
-    return (
-        f"{level.name} {elapsed_s:5.0f} s  " + "  ".join(f"{k} {v}" for k, v in sums.items()) + "\n"
-    )
+    busy = {worker.pipe: worker for worker in crew}
+    while busy:
+        for pipe in multiprocessing.connection.wait(list(busy), POLL_S):
+            if not busy[pipe].read():  # type: ignore[index]
+                del busy[pipe]  # type: ignore[arg-type]
+        if monotonic() - polled >= POLL_S:
+            polled = monotonic()
+            watch.poll()
+            names = ("sent", "completed", "failed", "in flight")
+            sums = [f"{n} {sum(worker.progress.get(n, 0) for worker in crew)}" for n in names]
+            log(f"{level.name} {polled - started:5.0f} s  {'  '.join(sums)}\n")

@@ -31,25 +31,24 @@ Limits = tuple[float | None, float | None]  # TTFT and TPOT, in s; None where no
 
 def summarize_level(
     level: Level,
-    results: list[dict[str, Any] | None],
-    connects: list[list[float]],
+    results: list[dict[str, Any]],
+    connects: list[float],
     lost: int,
     watch: ServerWatch,
     limits: Limits,
 ) -> dict[str, Any]:
     """All keys of `kit load --json` for one level, from what the workers gave back."""
-    given = [result for result in results if result is not None]
-    columns, reasons = _columns(given, lost)
+    columns, reasons = _columns(results, lost)
     requests = _requests(columns, reasons)
     server = watch.result()
-    gaps = _joined(given, "gaps")
+    gaps = _joined(results, "gaps")
     itl = summarize(gaps)
     failures = Counter(reason for reason in reasons if reason is not None)
     own = OwnLag(
-        _joined(given, "loop_lags"),
-        _joined(given, "read_lags"),
+        _joined(results, "loop_lags"),
+        _joined(results, "read_lags"),
         _known(columns["sent_s"] - columns["due_s"]),
-        [result["cpu_s"] / max(result["wall_s"], 1e-9) for result in given],
+        [result["cpu_s"] / max(result["wall_s"], 1e-9) for result in results],
         sum(failures[name] for name in CLIENT_FAILURES),
     )
     called, against = verdict(level, requests, itl["p50"], own, limits[0], server)
@@ -64,10 +63,10 @@ def summarize_level(
     gpu = watch.gpus.result() if watch.gpus else None
     summary |= {"server": server, "gpu": gpu}
     details: dict[str, str] = {}
-    for result in given:
+    for result in results:
         details |= result["details"]
-    peaks = [result["peak_rss_bytes"] for result in given]
-    unsent = sum(result["unsent_turns"] for result in given)
+    peaks = [result["peak_rss_bytes"] for result in results]
+    unsent = sum(result["unsent_turns"] for result in results)
     summary |= {"failure_details": details, "client_peak_rss_bytes": sum(peaks)}
     return summary | {"unsent_turns": unsent, "warnings": _warnings(columns, requests, unsent)}
 
@@ -128,13 +127,12 @@ def _lags(own: OwnLag) -> dict[str, Any]:
 
 
 def _latencies(
-    requests: Requests, columns: dict[str, Floats], itl: dict[str, Any], connects: list[list[float]]
+    requests: Requests, columns: dict[str, Floats], itl: dict[str, Any], connects: list[float]
 ) -> dict[str, Any]:
     ok = requests.ok
     misses = int((~ok).sum())
     answer = columns["first_answer_s"] - columns["sent_s"]
     cold = _known(columns["connect_s"])
-    warm = [seconds for worker in connects for seconds in worker]
     return {
         "ttft_s": summarize(requests.ttft_s()[ok], misses),
         "ttft_scheduled_s": summarize(requests.ttft_scheduled_s()[ok], misses),
@@ -142,7 +140,7 @@ def _latencies(
         "tpot_s": summarize(requests.tpot_s()[ok], misses),
         "itl_s": itl,
         "e2el_s": summarize(requests.e2el_s()[ok], misses),
-        "connect_s": {"before_the_run": summarize(warm), "within_requests": summarize(cold)},
+        "connect_s": {"before_the_run": summarize(connects), "within_requests": summarize(cold)},
     }
 
 

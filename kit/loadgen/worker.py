@@ -1,23 +1,21 @@
-"""The worker process: a job on stdin, an event loop of its own, columns back on stdout."""
+"""The worker process: takes a job from a pipe, runs an event loop of its own, gives columns back."""
 
 import asyncio
 import gc
 import os
-import pickle
 import resource
-import struct
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import Any
 
 from kit.loadgen.driver import Driver
 from kit.loadgen.plan import Level, Target
 from kit.loadgen.prompts import PromptModel
 from kit.loadgen.recorder import Recorder
 
-LENGTH = struct.Struct("!Q")
 PROGRESS_S = 0.5
 
 
@@ -31,20 +29,10 @@ class Job:
     path: str | None  # requests.jsonl
 
 
-def send_frame(stream: BinaryIO, message: Any) -> None:
-    """Write one pickled message with its length."""
-    data = pickle.dumps(message)
-    stream.write(LENGTH.pack(len(data)) + data)
-    stream.flush()
-
-
-def read_frame(stream: BinaryIO) -> Any:
-    """The next message; EOFError where the other side is gone."""
-    head = stream.read(LENGTH.size)
-    data = stream.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
-    if not data:
-        raise EOFError
-    return pickle.loads(data)
+def main(descriptor: int) -> None:
+    """Entry point of a worker process, given its end of the pipe."""
+    pipe: Connection[Any, Any] = Connection(descriptor)
+    run_loop(_work(pipe, pipe.recv()))
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:
@@ -58,48 +46,40 @@ def run_loop(work: Coroutine[Any, Any, None]) -> None:
     uvloop.run(work)
 
 
-def main() -> None:
-    """Entry point of a worker process."""
-    job = read_frame(sys.stdin.buffer)
-    run_loop(_work(job))
-
-
-async def _work(job: Job) -> None:
+async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
     recorder = Recorder(job.path)
     driver = Driver(job.target, job.level, job.prompts, recorder)
     await driver.prepare()
-    connects = [connection.connect_s for connection in driver.idle]
     gc.collect()
     gc.freeze()
     gc.disable()  # a full collection over 10,000 connections would stop the clock
-    send_frame(sys.stdout.buffer, {"ready": connects})
-    t0 = read_frame(sys.stdin.buffer)
+    pipe.send([connection.connect_s for connection in driver.idle])
+    t0 = pipe.recv()
     loop = asyncio.get_running_loop()
-    loop.add_reader(sys.stdin.fileno(), os._exit, 1)  # the parent is gone
+    loop.add_reader(pipe.fileno(), os._exit, 1)  # readable means that the parent is gone
     started = _cpu_s()
-    recorder.start(t0, driver.in_flight)
+    recorder.start(t0)
     driver.start(t0)
-    reports = loop.create_task(_report(driver))
+    reports = loop.create_task(_report(pipe, driver))
     await driver.over.wait()
-    spent = {"cpu_s": _cpu_s() - started, "wall_s": monotonic() - t0}
+    own = {"cpu_s": _cpu_s() - started, "wall_s": monotonic() - t0}
     reports.cancel()
-    lags = {"loop_lags": driver.loop_lags, "read_lags": driver.read_lags}
-    rest = {"unsent_turns": driver.unsent_turns, "peak_rss_bytes": _peak_rss_bytes()}
-    send_frame(sys.stdout.buffer, {"result": recorder.finish() | lags | spent | rest})
-    os._exit(0)  # closing 10,000 connections one by one is the kernel's work
+    own |= {"loop_lags": driver.loop_lags, "read_lags": driver.read_lags}
+    own |= {"unsent_turns": driver.unsent_turns, "peak_rss_bytes": _usage().ru_maxrss * 1024}
+    pipe.send(recorder.finish() | own)
+    os._exit(0)  # closing 10,000 connections is the kernel's work
 
 
-async def _report(driver: Driver) -> None:
+async def _report(pipe: "Connection[Any, Any]", driver: Driver) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
-        counts = dict(driver.recorder.counts) | {"sent": driver.sent}
-        send_frame(sys.stdout.buffer, {"progress": counts | {"in_flight": len(driver.in_flight)}})
+        counts = driver.recorder.counts | {"sent": driver.sent}
+        pipe.send({"progress": counts | {"in flight": len(driver.in_flight)}})
+
+
+def _usage() -> resource.struct_rusage:
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _usage().ru_utime + _usage().ru_stime
