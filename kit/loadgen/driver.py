@@ -23,6 +23,7 @@ LOOP_GRAIN_S = 0.001
 PROBE_PERIOD_S = 0.01
 PREBUILT_BYTES = 256 << 20  # requests made before the clock starts; later ones as they fall due
 CONNECTS_AT_ONCE = 256  # well under the usual listen backlog
+CONNECT_TIMEOUT_S = 10.0
 
 
 class Driver:
@@ -47,6 +48,7 @@ class Driver:
         self.tasks: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.stop_at = float("inf")
+        self.refused = False
         self.over = asyncio.Event()
         self.sessions = self._sessions()
         first = level.sessions if level.slots is None else self._take(level.slots)
@@ -84,13 +86,15 @@ class Driver:
     async def _spare(self, gate: asyncio.Semaphore) -> None:
         async with gate:
             try:
-                self.idle.append(await self.connector.open())
-            except OSError:
-                return  # the request that lacks it opens its own, and tells why it cannot
+                if not self.refused:
+                    opening = asyncio.wait_for(self.connector.open(), CONNECT_TIMEOUT_S)
+                    self.idle.append(await opening)
+            except (OSError, TimeoutError):
+                self.refused = True  # a request that lacks one opens its own, and tells why not
 
     def start(self, t0: float) -> None:
         """Begin the schedule at monotonic time t0."""
-        if self.level.duration_s is not None and self.level.slots is not None:
+        if self.level.duration_s is not None:
             self.stop_at = t0 + self.level.duration_s
         self.open_sessions = len(self.first)
         for call in self.first:
@@ -135,10 +139,12 @@ class Driver:
             return
         if call.data is None:
             self._build(call)
-        if self.idle and not self.target.cold_connects:
-            self._send(self.idle.popleft(), call)
-        else:
-            self._send_on_new(call)
+        while self.idle:
+            connection = self.idle.popleft()
+            if connection.open:
+                self._send(connection, call)
+                return
+        self._send_on_new(call)
 
     def _send(self, connection: Connection, call: Call) -> None:
         self.in_flight[call] = connection
@@ -172,8 +178,6 @@ class Driver:
     def lost(self, connection: Connection, call: Call | None) -> None:
         """The connection closed: idle, before an answer (retried once if reused), or within one."""
         if call is None:
-            if connection in self.idle:
-                self.idle.remove(connection)
             return
         if connection.used > 1 and not call.arrivals and not call.retried:
             call.reset()
@@ -213,8 +217,8 @@ class Driver:
     def _go_on(self, conversation: Conversation, end: float) -> None:
         """A turn and all its children are over: the next turn, or the end of the session."""
         parent = conversation.parent
-        if not conversation.over:
-            pause = conversation.session.turns[conversation.turn - 1].pause_after_s
+        pause = conversation.session.turns[conversation.turn - 1].pause_after_s
+        if not conversation.over and end + pause < self.stop_at:
             self._at(Call(conversation, 0.0), end + pause)
         elif parent is not None:
             parent.children_left -= 1

@@ -1,7 +1,7 @@
 """What is sent when: target, arrival process, sessions, and how they are dealt to workers."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from urllib.parse import urlsplit
@@ -73,7 +73,7 @@ class Level:
     value: float | None = None
     slots: int | None = None
     max_concurrency: int | None = None  # open loop: wait in the client beyond this many
-    duration_s: float | None = None  # closed loop: start no session after this
+    duration_s: float | None = None  # start no session and no turn after this
     repeat: bool = False  # closed loop by duration: begin the list again when it is used up
     send_gap_s: float = SEND_GAP_S  # of one worker
 
@@ -127,7 +127,7 @@ def fixed_sessions(input_len: int, output_len: int) -> Source:
 
 
 def workload_sessions(name: str, seed: int) -> Source:
-    """A source of n sessions of a workload, with its own arrival times."""
+    """A source of n sessions of a workload."""
     workload = load(name)
     return lambda n: list(generate(workload, seed, sessions=n))
 
@@ -145,15 +145,14 @@ def trace_sessions(path: str, trace_format: str) -> Source:
     return take
 
 
-def own_arrivals(sessions: Iterable[Session], limit: int | None, duration_s: float | None) -> Level:
-    """Sessions at the times that they bring along, the first at 0."""
-    chosen = list(islice(sorted(sessions, key=lambda session: session.arrival_s), limit))
-    first = chosen[0].arrival_s if chosen else 0.0
-    shifted = [replace(session, arrival_s=session.arrival_s - first) for session in chosen]
+def own_arrivals(sessions: list[Session], duration_s: float | None = None) -> Level:
+    """A level of sessions at the times that they bring along, the first at 0."""
+    first = min((session.arrival_s for session in sessions), default=0.0)
+    shifted = [replace(session, arrival_s=session.arrival_s - first) for session in sessions]
     kept = [s for s in shifted if duration_s is None or s.arrival_s < duration_s]
     if not kept:
-        raise UserError("no session arrives: want --requests or --duration above 0")
-    return Level("sessions", kept, "sessions")
+        raise UserError("no session arrives: want a larger --requests or --duration")
+    return Level("sessions", kept, "sessions", duration_s=duration_s)
 
 
 def level(
@@ -171,7 +170,7 @@ def level(
     name = f"{kind}-{value:g}"
     if kind == "burst":
         sessions = [replace(session, arrival_s=0.0) for session in source(int(value))]
-        return Level(name, sessions, kind, value)
+        return Level(name, sessions, kind, value, duration_s=duration_s)
     if kind == "concurrency":
         slots = int(value)
         repeat = requests is None and duration_s is not None
@@ -189,4 +188,4 @@ def level(
         raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
     pairs = zip(source(len(times)), times, strict=True)
     sessions = [replace(session, arrival_s=at) for session, at in pairs]
-    return Level(name, sessions, kind, value, max_concurrency=max_concurrency)
+    return Level(name, sessions, kind, value, None, max_concurrency, duration_s)

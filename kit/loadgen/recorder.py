@@ -52,12 +52,12 @@ class Recorder:
         self.counts["failed" if call.reason else "completed"] += 1
 
     def _slice(self) -> None:
+        asyncio.get_running_loop().call_later(PERIOD_S, self._slice)
         until = monotonic() + SLICE_S
         while self.finished and monotonic() < until:
             self._step()
         if monotonic() > self.flushed + FLUSH_S:
             self.flush()
-        asyncio.get_running_loop().call_later(PERIOD_S, self._slice)
 
     def _step(self) -> None:
         call = self.finished[0]

@@ -131,7 +131,10 @@ def _run_level(
     results = [worker.result for worker in crew if worker.result is not None]
     lost = sum(len(worker.share.sessions) for worker in crew if worker.result is None)
     limits = options.slo_ttft_s, options.slo_tpot_s
-    return summarize_level(level, results, connects, lost, watch, limits)
+    summary = summarize_level(level, results, connects, lost, watch, limits)
+    if options.metrics_url and not watch.exposed:
+        summary["warnings"].append(f"--metrics-url {options.metrics_url}: no known metric there")
+    return summary
 
 
 def _workers(level: Level, options: Options) -> int:

@@ -160,17 +160,18 @@ def _throughput(requests: Requests, level: Level) -> dict[str, Any]:
 
 
 def _attainment(requests: Requests, limits: Limits, called: str) -> dict[str, Any]:
-    """Goodput and attainment; a run that the client bound shows neither as passed."""
+    """Goodput and attainment; unknown, and the SLO not met, where the client was the limit."""
     names = ("goodput_requests_per_s", "slo_attainment_fraction", "slo_attainment_interval")
-    if limits == (None, None) or not len(requests.ok):
-        return dict.fromkeys((*names, "slo_met"))
-    good = int(meets_slo(requests, *limits).sum())
+    unknown: dict[str, Any] = dict.fromkeys((*names, "slo_attainment_not_valid", "slo_met"))
     duration = _duration(requests)
-    interval = wilson_interval(good, len(requests.ok))
+    if limits == (None, None) or not len(requests.ok) or not duration:
+        return unknown
+    good = int(meets_slo(requests, *limits).sum())
     share = good / len(requests.ok)
-    values = (good / duration if duration else None, share, list(interval or ()))
-    met = called == "VALID" and share >= PASSING_ATTAINMENT
-    return dict(zip(names, values, strict=True)) | {"slo_met": met}
+    if called != "VALID":
+        return unknown | {"slo_attainment_not_valid": share, "slo_met": False}
+    values = (good / duration, share, wilson_interval(good, len(requests.ok)))
+    return unknown | dict(zip(names, values, strict=True)) | {"slo_met": share >= PASSING_ATTAINMENT}
 
 
 def _warnings(columns: dict[str, Floats], requests: Requests, unsent_turns: int) -> list[str]:

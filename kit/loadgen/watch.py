@@ -20,21 +20,23 @@ class ServerWatch:
         self.pages: list[ServerMetrics] = []
         local = urlsplit(url).hostname in ("127.0.0.1", "localhost")
         self.gpus = GpuSampler(gpu_log) if local else None
-        self.exposed = self.poll()
+        self.exposed = True
+        self.poll()
+        self.exposed = bool(self.pages)
 
-    def poll(self) -> bool:
-        """Take one sample of server and GPUs; false where the page has nothing known."""
+    def poll(self) -> None:
+        """Take one sample of the GPUs, and of the server if its page had anything known."""
         if self.gpus:
             self.gpus.poll()
-        if self.pages or not hasattr(self, "exposed"):
-            try:
-                with urllib.request.urlopen(self.url, timeout=SCRAPE_TIMEOUT_S) as answer:
-                    page = read_page(answer.read().decode(errors="replace"))
-            except (OSError, ValueError, http.client.HTTPException):
-                return False
-            if page:
-                self.pages.append(page)
-        return bool(self.pages)
+        if not self.exposed:
+            return
+        try:
+            with urllib.request.urlopen(self.url, timeout=SCRAPE_TIMEOUT_S) as answer:
+                page = read_page(answer.read().decode(errors="replace"))
+        except (OSError, ValueError, http.client.HTTPException):
+            return
+        if page:
+            self.pages.append(page)
 
     def result(self) -> dict[str, Any]:
         """Highest gauges, counted events, prefix hits and mean TTFT of the server over the run."""

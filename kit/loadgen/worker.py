@@ -56,7 +56,7 @@ async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
     pipe.send([connection.connect_s for connection in driver.idle])
     t0 = pipe.recv()
     loop = asyncio.get_running_loop()
-    loop.add_reader(pipe.fileno(), os._exit, 1)  # readable means that the parent is gone
+    loop.add_reader(pipe.fileno(), _orphaned, recorder)  # nothing but its end comes now
     started = _cpu_s()
     recorder.start(t0)
     driver.start(t0)
@@ -68,6 +68,11 @@ async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
     own |= {"unsent_turns": driver.unsent_turns, "peak_rss_bytes": _usage().ru_maxrss * 1024}
     pipe.send(recorder.finish() | own)
     os._exit(0)  # closing 10,000 connections is the kernel's work
+
+
+def _orphaned(recorder: Recorder) -> None:
+    recorder.flush()
+    os._exit(1)
 
 
 async def _report(pipe: "Connection[Any, Any]", driver: Driver) -> None:
