@@ -14,6 +14,7 @@ from kit import scenario
 from kit.catalog import gpu as find_gpu
 from kit.catalog import model as find_model
 from kit.catalog.paths import DATA, load_yaml
+from kit.decision import replicas
 from kit.engine_config import EngineConfig
 from kit.errors import UserError
 from kit.memory.sessions import Demand
@@ -96,8 +97,8 @@ def _holds(case: scenario.Scenario, key: str) -> str:
         return f"{case.gpu_count}x {key}" if one["fits"] else ""
     if fewest := scenario.smallest_count(spec, card, config, case.demand()):
         return f"{fewest.memory.config.gpu_count}x {key}"
-    each = one["sessions"]
-    return f"{-(-case.sessions // each)} replicas of {case.gpu_count}x {key}" if each else ""
+    node = replicas(spec, card, config, case.demand())
+    return f"{node['replicas']} replicas of {node['gpu_count']}x {key}" if node else ""
 
 
 def line(record: Mapping[str, Any]) -> Line:

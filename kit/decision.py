@@ -1,6 +1,7 @@
 """The decision: what a scenario's GPUs hold as asked, and the fewest of one kind that hold everything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kit.catalog import GpuSpec, ModelSpec
@@ -11,31 +12,43 @@ from kit.scenario import COUNTS, Held, Scenario, hold, pack_roles, row, smallest
 
 
 def decide(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, Any]:
-    """The decision on one kind of GPU: what was asked, and the fewest GPUs that hold it."""
+    """The decision on one kind of GPU, as plain values for results.json."""
     asked = hold(spec, gpu, config, demand)
     fewest = smallest_count(spec, gpu, config, demand)
     rows = [row(case, spec, find_gpu(key), config, demand) for key in case.gpus]
     changes = [] if asked.answer.fits else list(alternatives(spec, gpu, config, demand, limit=8))
     sizes = [change for change in changes if "--tensor-parallel-size" in change]
-    changes = [change for change in changes if change not in sizes[1:]]  # the fewest GPUs say it
     return {
+        "gpu": gpu.key,
+        "model": spec.key,
         "asked": _chosen(asked, config),
         "recommended": _chosen(fewest, config) if fewest else None,
-        "would_fit": changes,
+        "replicas": None if fewest else replicas(spec, gpu, config, demand),
+        "paused_evicted": _chosen(hold(spec, gpu, config, replace(demand, paused_sessions=0)), config),
+        "would_fit": [change for change in changes if change not in sizes[1:]],  # the fewest GPUs say it
         "fitting_gpus": [one["gpu"] for one in rows if one["fits"]],
         "separate_engines": _shares(case, gpu, config),
     }
 
 
+def replicas(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, int] | None:
+    """How many replicas of one full node hold the demand together, None where one holds no session."""
+    node = hold(spec, gpu, replace(config, gpu_count=COUNTS[-1]), demand)
+    usable = node.memory.kv_cache_bytes * (1 - demand.headroom_fraction)
+    each = min(int(node.memory.concurrency(demand.context_tokens, usable)), node.memory.config.max_num_seqs)
+    wanted = demand.sessions + demand.paused_sessions
+    return {"gpu_count": COUNTS[-1], "sessions_each": each, "replicas": -(-wanted // each)} if each else None
+
+
 def _chosen(held: Held, given: EngineConfig) -> dict[str, Any]:
-    config, low_high = held.memory.config, list(held.sessions_interval)
+    config = held.memory.config
     return {
         "gpu_count": config.gpu_count,
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "fits": held.answer.fits,
         "sessions": held.answer.max_concurrent_sessions,
-        "sessions_interval": low_high,
+        "sessions_interval": list(held.sessions_interval),
         "limited_by": held.answer.limited_by,
         "kv_cache_tokens": held.memory.kv_cache_tokens(),
         "engine_args": engine_args(held.memory, held.answer, given),
@@ -57,35 +70,44 @@ def _shares(case: Scenario, gpu: GpuSpec, config: EngineConfig) -> list[dict[str
     ]
 
 
-def sentences(case: Scenario, gpu: GpuSpec, demand: Demand, decision: Mapping[str, Any]) -> list[str]:
+def sentences(case: Scenario, demand: Demand, decision: Mapping[str, Any]) -> list[str]:
     """The decision in a few lines of plain text."""
-    asked, best = decision["asked"], decision["recommended"]
-    wanted = demand.sessions + demand.paused_sessions
-    lines = [f"{case.title}: {wanted} sessions of {demand.context_tokens:,} tokens."]
-    lines.append(f"Asked, {_told(asked, gpu)}: {'fits' if asked['fits'] else 'does not fit'}.")
-    if best:
-        lines.append(f"Recommended, {_told(best, gpu)}.")
-        lines.append("Flags: " + " ".join(f"{flag} {value}".strip() for flag, value in best["engine_args"].items()))
-        longest = best["kv_cache_tokens"] // wanted
-        lines.append(f"Room to grow: its pool holds {wanted} sessions of up to {longest:,} tokens each.")
-    else:
-        lines.append(f"Up to {COUNTS[-1]}x {gpu.key} do not hold them on one replica at these dtypes.")
-    if not asked["fits"]:
-        lines.append("Would fit:" if decision["would_fit"] else "Nothing tried here fits (8 GPUs, fp8, int4).")
-        lines += [f"  {change}" for change in decision["would_fit"][:5]]
-    lines.append(f"Of the scenario's GPUs these fit as asked: {_listed(decision['fitting_gpus'])}.")
-    if shares := decision["separate_engines"]:
+    asked, gpu, shares = decision["asked"], decision["gpu"], decision["separate_engines"]
+    paused = f" and {demand.paused_sessions} paused" if demand.paused_sessions else ""
+    lines = [f"{case.title}: {demand.sessions} active{paused} sessions of {demand.context_tokens:,} tokens."]
+    if shares:
         fits = "fit" if all(share["fits"] for share in shares) else "do not fit"
-        parts = ", ".join(f"{s['model']} {s['gpu_memory_utilization']:.3f}" for s in shares)
-        lines.append(f"As separate engines on {case.gpu_count}x {gpu.key} they {fits}: {parts}.")
-    return lines
+        lines.append(f"{len(shares)} engines on {case.gpu_count}x {gpu} {fits}; model and --gpu-memory-utilization:")
+        lines += [f"  {share['model']} {share['gpu_memory_utilization']:.3f}" for share in shares]
+        lines.append(f"One engine of {decision['model']} in place of all of them:")
+    lines.append(f"Asked, {_told(asked, gpu)}: {'fits' if asked['fits'] else 'does not fit'}.")
+    if paused and not asked["fits"]:
+        lines.append(f"With the paused evicted, {_told(decision['paused_evicted'], gpu)}.")
+    lines += _recommended(decision, demand)
+    if not asked["fits"]:
+        lines.append("Would fit:" if decision["would_fit"] else "No other card or dtype tried here fits on 8 GPUs.")
+        lines += [f"  {change}" for change in decision["would_fit"][:5]]
+    fitting = ", ".join(decision["fitting_gpus"]) or "none"
+    return [*lines, f"Of the scenario's GPUs these fit as asked: {fitting}."]
 
 
-def _told(chosen: Mapping[str, Any], gpu: GpuSpec) -> str:
+def _recommended(decision: Mapping[str, Any], demand: Demand) -> list[str]:
+    best, node, gpu = decision["recommended"], decision["replicas"], decision["gpu"]
+    wanted = demand.sessions + demand.paused_sessions
+    if best:
+        flags = " ".join(f"{flag} {value}".strip() for flag, value in best["engine_args"].items())
+        longest = best["kv_cache_tokens"] // wanted
+        grow = f"Room to grow: its pool holds {wanted} sessions of up to {longest:,} tokens each."
+        return [f"Recommended, {_told(best, gpu)}.", f"Flags: {flags}", grow]
+    if node:
+        return [
+            f"Recommended: {node['replicas']} replicas of {node['gpu_count']}x {gpu}, {node['sessions_each']} each."
+        ]
+    return [f"{COUNTS[-1]}x {gpu} do not hold one such session."]
+
+
+def _told(chosen: Mapping[str, Any], gpu: str) -> str:
     low, high = chosen["sessions_interval"]
-    sessions = f"{chosen['sessions']} sessions (90 % {low} to {high}), limited by {chosen['limited_by']}"
-    return f"{chosen['gpu_count']}x {gpu.key}: {sessions}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+    count = chosen["sessions"]
+    sessions = f"{count} session{'' if count == 1 else 's'} (90 % {low} to {high}), limited by {chosen['limited_by']}"
+    return f"{chosen['gpu_count']}x {gpu}: {sessions}"

@@ -75,7 +75,7 @@ print(notebook.table(rows, {key: scenarios.HEADINGS[key] for key in rows[0]}))
 
 # %%
 decision = decide(case, run.model, run.gpu, config, demand)
-lines = sentences(case, run.gpu, demand, decision)
+lines = sentences(case, demand, decision)
 print("\n".join(lines))
 
 # %% [markdown]
@@ -118,7 +118,7 @@ notebook.prose_table(article.table("contradictions", "00"))
 # ## Which of the four patterns is mine?
 #
 # The article names four compute patterns.
-# Each has a scenario file; `kit run --scenario NAME` takes it through all notebooks.
+# Each has a file in data/scenarios; `kit run --scenario FILE` takes it through all notebooks.
 
 # %%
 notebook.prose_table(article.patterns())

@@ -62,7 +62,7 @@ flags = {"engine": engine, "quantization": quantization, "kv_cache_dtype": kv_ca
 config = case.config(run.model, gpu_count=gpu_count or case.gpu_count, **flags)
 demand = case.demand(headroom_fraction)
 decision = decide(case, run.model, run.gpu, config, demand)
-print("\n".join(sentences(case, run.gpu, demand, decision)))
+print("\n".join(sentences(case, demand, decision)))
 if earlier := run.earlier("00_start_here"):
     print("\n00 said:", earlier["decision"][1])
 
@@ -244,13 +244,11 @@ print(notebook.table(rows, {key: scenarios.HEADINGS.get(key, key) for key in col
 # The article offers three H200 for a 70B model (C6):
 
 # %%
-import textwrap
-
 big = catalog.model("llama-3.1-70b")
 try:
     plan(big, h200, EngineConfig(gpu_count=3, tensor_parallel_size=3))
 except UserError as refusal:
-    print("refused:", textwrap.fill(str(refusal), 88))
+    print("refused:", str(refusal).replace("; ", "\n"))
 
 # %%
 ten = sessions.Demand(context_tokens=32_768, sessions=10)
@@ -447,7 +445,7 @@ print("\n".join(notebook.check(*pair) for pair in zip(given, numbers, strict=Tru
 # ## Decision
 
 # %% tags=["nbval-check-output"]
-run.finish(decision, sentences(case, run.gpu, demand, decision))
+run.finish(decision, sentences(case, demand, decision))
 
 # %% [markdown]
 # ## Recap

@@ -1,0 +1,102 @@
+"""Figures, by what they plot and say; pixels are looked at by people."""
+
+import itertools
+
+import matplotlib as mpl
+import pytest
+
+from kit import catalog, plots, scenario
+from kit.catalog.paths import DATA
+from kit.engine_config import EngineConfig
+from kit.memory import plan
+from kit.units import gib
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+CASE = scenario.load("customer-service")
+SPEC = catalog.model(CASE.model)
+
+
+@pytest.fixture
+def ax():
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+def held(*keys: str) -> list[scenario.Held]:
+    config = CASE.config(SPEC)
+    return [scenario.hold(SPEC, catalog.gpu(key), config, CASE.demand()) for key in keys]
+
+
+def said(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts] + [ax.get_title("left") or ax.get_title()]
+
+
+def test_parts_sum_to_the_card():
+    memory = plan(SPEC, catalog.gpu("h100-sxm-80gb"), EngineConfig())
+    assert sum(plots.parts_gib(memory).values()) == pytest.approx(gib(memory.gpu.memory_bytes), abs=1e-6)
+
+
+def test_memory_by_gpu(ax):
+    found = held("rtx-4090-24gb", "h200-sxm-141gb")
+    plots.memory_by_gpu(found, ax=ax)
+    assert "GiB" in ax.get_xlabel()
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert rows == [plots.short_name(one.memory.gpu) for one in found]
+    assert rows[1] == "H200 SXM 141 GB"
+    bars = [container.get_label() for container in ax.containers]
+    assert bars == list(plots.PARTS)
+    pools = [bar.get_width() for bar in ax.containers[bars.index("KV pool")]]
+    assert pools == [0.0, pytest.approx(gib(found[1].memory.pool.size_bytes))]
+    assert "does not start" in said(ax)
+    assert f"{found[1].answer.max_concurrent_sessions:,} sessions" in said(ax)
+    assert "0 to" in said(ax)[-1]
+
+
+def test_sessions_by_context(ax):
+    found = held("rtx-4090-24gb", "l40s-48gb", "h100-sxm-80gb", "h200-sxm-141gb")
+    plots.sessions_by_context(found, asked=(CASE.context_tokens, CASE.sessions), ax=ax)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.get_xlabel() == "Context of a session (tokens)"
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == 3  # the card that does not start has none
+    for curve, one in zip(curves, found[1:], strict=True):
+        contexts = list(curve.get_xdata())
+        assert contexts[0] == 1024
+        assert curve.get_ydata()[3] == one.memory.concurrency(contexts[3])
+    (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (8192, 50)
+    assert "50 sessions of 8,192 tokens fit on 1 of 4 GPUs" in said(ax)
+    assert {plots.short_name(one.memory.gpu) for one in found[1:]} <= set(said(ax))
+
+
+def test_labels_at_the_ends_do_not_overlap(ax):
+    plots.sessions_by_context(held("h100-pcie-80gb", "h100-sxm-80gb", "h200-sxm-141gb"), asked=(8192, 50), ax=ax)
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts if "GB" in text.get_text()]
+    assert len(boxes) == 3
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
+
+
+def test_pool_by_max_num_seqs(ax):
+    gpu, config = catalog.gpu("h100-sxm-80gb"), CASE.config(SPEC)
+    plots.pool_by_max_num_seqs(SPEC, gpu, config, ("0.16.0", "0.32.0"), ax=ax)
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
+    assert len(curves) == 2
+    assert all(list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True) for line in curves)
+    for line, version in zip(
+        [line for line in ax.lines if line.get_marker() == "|"], ("0.16.0", "0.32.0"), strict=True
+    ):
+        default = plan(SPEC, gpu, EngineConfig(engine_version=version, max_model_len=8192))
+        assert line.get_xdata()[0] == default.config.max_num_seqs
+        assert line.get_ydata()[0] == pytest.approx(gib(default.pool.size_bytes))
+    assert ax.get_ylabel() == "KV pool (GiB)"
+    assert "vllm 0.32.0" in said(ax)
+
+
+@pytest.mark.parametrize("path", sorted((DATA / "scenarios").glob("*.yaml")), ids=lambda path: path.stem)
+def test_compared_gpus_have_colours_of_their_own(path):
+    keys = scenario.load(path).gpus
+    assert len({plots.gpu_colour(key) for key in keys}) == len(keys)
