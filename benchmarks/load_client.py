@@ -129,7 +129,8 @@ def row(
         values = [run[name] * scale for run in runs if run[name] is not None]
         if not values:
             return "-"
-        best = max(values) if name == "events_per_cpu_s" else min(values, key=lambda v: abs(v - ideal(name)))
+        fits = [-v if name == "events_per_cpu_s" else abs(v - ideal(name)) for v in values]
+        best = values[fits.index(min(fits))]
         return f"{statistics.median(values):,.{digits}f} ({best:,.{digits}f})"
 
     def ideal(name: str) -> float:
@@ -155,6 +156,14 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {model}, Linux {platform.release().split('-')[0]}"
 
 
+def beside() -> str:
+    """What else had a part in the measurement: load of others, and the priority against them."""
+    load = f", load average {os.getloadavg()[2]:.1f} over 15 minutes"
+    if os.sched_getscheduler(0) == os.SCHED_FIFO:
+        return load + "; client and server had real-time priority (chrt -f 1) over the other work"
+    return load
+
+
 def report(rows: list[str], repeats: int, arrivals: dict[str, Any], duration_s: float) -> str:
     """The section of docs/performance.md."""
     head = (
@@ -165,8 +174,7 @@ def report(rows: list[str], repeats: int, arrivals: dict[str, Any], duration_s: 
     lag = arrivals["send_lag_s"]
     return "\n".join(
         [
-            f"Measured on {datetime.date.today()}, client and server sharing {machine()}; load average "
-            f"{os.getloadavg()[1]:.1f} (more than the two processes: other work ran beside them).",
+            f"Measured on {datetime.date.today()}, client and server sharing {machine()}{beside()}.",
             f"Median of {repeats} runs, the best one in brackets; the server is fresh for each run, "
             f"its TTFT is {TTFT_S * 1e3:.0f} ms, an answer has {OUTPUT_TOKENS} tokens.",
             "",

@@ -62,6 +62,12 @@ def test_burst_is_in_flight_together_and_times_are_the_servers() -> None:
     assert got["server"]["running"] is None
 
 
+def test_results_larger_than_a_pipe_come_back() -> None:
+    with serving(paced(0.01, 0.0)) as server:
+        got = run(server, "burst", 50, output_len=600)
+    assert (got["completed"], got["itl_s"]["n"]) == (50, 50 * 599)
+
+
 def test_closed_loop_keeps_its_slots_busy() -> None:
     with serving(paced(0.02, 0.005)) as server:
         got = run(server, "concurrency", 3, requests=12, options={"workers": 2})

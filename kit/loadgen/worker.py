@@ -66,6 +66,8 @@ async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
     reports.cancel()
     own |= {"loop_lags": driver.loop_lags, "read_lags": driver.read_lags}
     own |= {"unsent_turns": driver.unsent_turns, "peak_rss_bytes": _usage().ru_maxrss * 1024}
+    loop.remove_reader(pipe.fileno())
+    os.set_blocking(pipe.fileno(), True)  # the loop watched it without blocking
     pipe.send(recorder.finish() | own)
     os._exit(0)  # closing 10,000 connections is the kernel's work
 
