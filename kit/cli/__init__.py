@@ -9,6 +9,7 @@ from kit.errors import UserError, unknown
 COMMANDS = {
     "size": "what fits on a GPU: weights, KV pool, sessions",
     "simulate": "agent sessions through the scheduler in virtual time",
+    "emulate": "the engine in real time behind an OpenAI-compatible server, without a GPU",
     "load": "load-test an OpenAI-compatible server",
     "run": "the notebooks through papermill into a report",
 }
@@ -31,9 +32,7 @@ def main() -> None:
 
 def _print_help() -> None:
     lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-    sys.stdout.write(
-        "usage: kit COMMAND [OPTIONS]   (kit COMMAND --help)\n\n" + "\n".join(lines) + "\n"
-    )
+    sys.stdout.write("usage: kit COMMAND [OPTIONS]   (kit COMMAND --help)\n\n" + "\n".join(lines) + "\n")
 
 
 def _call(name: str, arguments: list[str]) -> None:

@@ -12,82 +12,66 @@ import numpy as np
 
 from kit.emulator.hidden import Truth
 from kit.emulator.page import Page
-from kit.scheduler import Batch, Path, Request, Scheduler, SchedulerConfig
-from kit.simulator.steps import StepTime
+from kit.scheduler import Batch, Request, Scheduler, SchedulerConfig
+from kit.simulator import StepTime
 
+NEVER = float("inf")
 SPIN_S = 0.002  # event-loop timers are a millisecond coarse: the last of a wait is spent polling
-LATE_S = 0.02  # said on stderr, at most every 10 s
-PACED_AT_ONCE = 256
+LATE_S, TELL_EVERY_S = 0.02, 10.0  # what is said on stderr
 GIVEN_UP_S = 0.25  # a clock that is further behind moves on instead of running after the time
-
-
-class Call(Request):
-    """A request whose tokens go somewhere; `times` are its arrival, first and last token."""
-
-    __slots__ = ("gone",)
-
-    def __init__(self, key: int, input_len: int, output_len: int, path: Path) -> None:
-        super().__init__(key, input_len, output_len, path)
-        self.gone = False  # its client left
-
-    def token(self, last: bool) -> None:
-        """Called for each token when it is there."""
-        raise NotImplementedError
+PACED_AT_ONCE = 256  # tokens between looks at what arrives
 
 
 class Clock:
-    """Runs a scheduler's steps in real time and counts what happens."""
+    """Runs a scheduler's steps in real time. A request's owner gets its tokens (`token(last)`); none: it has left."""
 
     def __init__(
-        self, config: SchedulerConfig, step_time: StepTime, page: Page, loop: asyncio.AbstractEventLoop,
+        self, limits: SchedulerConfig, step_time: StepTime, page: Page, loop: asyncio.AbstractEventLoop,
         truth: Truth | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.scheduler, self.step_time, self.page, self.loop = Scheduler(config), step_time, page, loop
+        self.scheduler, self.step_time, self.page, self.loop = Scheduler(limits), step_time, page, loop
         self.truth, self.rng = truth, np.random.default_rng([seed, 20262])
-        self.now = monotonic
-        self.end = float("inf")  # of the step under way
+        self.next_stall = monotonic() + self.rng.exponential(truth.stall_every_s) if truth else NEVER
+        self.end, self.told_late = NEVER, 0.0  # of the step under way
         self.batch: Batch | None = None
-        self.rows: list[Any] = []
+        self.rows: list[Request] = []
         self.counts = Counter[str]()
-        self.finished = {"stop": 0, "length": 0, "abort": 0}
         self.timer: asyncio.Handle | None = None
-        self.told_late = 0.0
-        self.next_stall = self.now() + self.rng.exponential(truth.stall_every_s) if truth else float("inf")
 
-    def submit(self, call: Call) -> str | None:
+    def submit(self, call: Any) -> str | None:
         """Queue a call that has just arrived; a text says why it is refused."""
+        call.times = [monotonic()]  # then: first and latest token
         refusal = self.scheduler.add(call)
-        call.times = [self.now()]
         if refusal is None and self.batch is None:
             self._plan(call.times[0])
             self.arm()
         return refusal
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Request) -> None:
         """Its client left: free what it holds."""
-        call.gone = True
-        self.finished["abort"] += 1
+        call.owner = None
+        self.counts["abort"] += 1
         self.scheduler.abort(call)
 
     def poll(self) -> None:
-        """End the step under way if its time has come; busy callbacks call this between their parts."""
-        if (now := self.now()) >= self.end:
-            self.page.late.add(now - self.end)
-            if now - self.end > LATE_S and now > self.told_late + 10:
-                self.told_late = now
-                sys.stderr.write(f"kit emulate: a step ended {(now - self.end) * 1e3:.0f} ms late: this machine is too "
-                                 "slow or too busy for this load, its times are not the model's\n")  # fmt: skip
-            self.step_end(now)
+        """End the step if its time has come; callbacks call this so that none of them holds it up."""
+        now = monotonic()
+        late_s = now - self.end
+        if late_s < 0:
+            return
+        self.page.late.add(late_s)
+        if late_s > LATE_S and now > self.told_late + TELL_EVERY_S:
+            self.told_late = now
+            sys.stderr.write(f"kit emulate: {late_s * 1e3:.0f} ms late: too much load for this machine to keep time\n")
+        self.step_end(now)
 
     def arm(self) -> None:
-        """Be called when the step ends."""
+        """Look again when the step is about to end."""
         if self.timer:
             self.timer.cancel()
-        left = self.end - self.now()
-        if left > SPIN_S:
-            self.timer = self.loop.call_later(left - 0.75 * SPIN_S, self._tick) if left < float("inf") else None
-        else:
-            self.timer = self.loop.call_soon(self._tick)
+        left_s = self.end - monotonic()
+        wait = self.loop.call_soon if left_s < SPIN_S else lambda do: self.loop.call_later(left_s - 0.75 * SPIN_S, do)
+        self.timer = wait(self._tick) if left_s < NEVER else None
 
     def _tick(self) -> None:
         self.poll()
@@ -97,7 +81,7 @@ class Clock:
         """Begin the next step at `start`, or be idle."""
         batch = self.batch = self.scheduler.plan()
         if batch is None:
-            self.end = float("inf")
+            self.end = NEVER
             return
         for call in batch.admitted:
             if len(call.times) == 1:
@@ -120,7 +104,7 @@ class Clock:
 
     def emit(self, call: Any, now: float, last: bool) -> None:
         """Count one token and pass it on."""
-        if call.gone:
+        if (owner := call.owner) is None:
             return
         seconds, times = self.page.histograms, call.times
         if len(times) == 1:
@@ -132,21 +116,22 @@ class Clock:
             times[2] = now
         self.counts["generation_tokens"] += 1
         if last:
+            call.owner = None
             seconds["e2el"].add(now - times[0])
-            if call.output_len > 1:
-                seconds["tpot"].add((now - times[1]) / (call.output_len - 1))
-        call.token(last)
+            seconds["tpot"].add((now - times[1]) / max(1, call.output_len - 1))
+        owner.token(last)
 
     def values(self) -> dict[str, float]:
-        """Our quantities for the metrics page."""
-        scheduler = self.scheduler
+        """Our quantities for the metrics page, and the requests that ended, by reason."""
+        scheduler, counts = self.scheduler, self.counts
         asked, hits = scheduler.query_tokens, scheduler.hit_tokens
-        return {
-            "running": len(scheduler.running), "waiting": len(scheduler.waiting),
-            "kv_cache_usage": scheduler.kv_cache_usage, "preemptions": scheduler.preemptions, "prefix_queries": asked,
-            "prefix_hits": hits, "prefix_hit_rate": hits / asked if asked else 0.0, "refused": self.counts["refused"],
+        told = {name: counts[name] for name in
+                ("stop", "length", "abort", "refused", "prompt_tokens", "generation_tokens")}  # fmt: skip
+        return told | {
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting), "preemptions": scheduler.preemptions,
+            "kv_cache_usage": scheduler.kv_cache_usage, "prefix_queries": asked, "prefix_hits": hits,
+            "prefix_hit_rate": hits / max(1, asked),
             "kv_cache_tokens": scheduler.pool.total * scheduler.config.block_size,
-            "prompt_tokens": self.counts["prompt_tokens"], "generation_tokens": self.counts["generation_tokens"],
         }  # fmt: skip
 
 
@@ -156,38 +141,29 @@ class Paced(Clock):
     def __init__(self, pace_s: tuple[float, float], *parts: Any) -> None:
         super().__init__(*parts)
         self.ttft_s, self.itl_s = pace_s
-        self.due: list[tuple[float, int, Any]] = []
-        self.order, self.starting = count(), 0
+        self.due: list[tuple[float, int, Request]] = []
+        self.order = count()
 
-    def submit(self, call: Call) -> str | None:
+    def submit(self, call: Any) -> str | None:
         """Take a call in; nothing is refused."""
-        call.times = [self.now()]
-        self.starting += 1
+        call.times = [monotonic()]
         heappush(self.due, (call.times[0] + self.ttft_s, next(self.order), call))
         self.end = self.due[0][0]
         self.arm()
         return None
 
-    def cancel(self, call: Call) -> None:
-        """Its client left."""
-        super().cancel(call)
-        self.starting -= len(call.times) == 1
-
     def step_end(self, now: float) -> None:
-        """Hand out what is due, a part at a time so that arrivals come in between."""
+        """Hand out what is due."""
         for _ in range(PACED_AT_ONCE):
-            if not self.due or self.due[0][0] > (now := self.now()):
+            if not self.due or self.due[0][0] > (now := monotonic()):
                 break
             due, _, call = heappop(self.due)
-            if call.gone:
-                continue
-            self.starting -= len(call.times) == 1
             call.generated += 1
-            if call.generated < call.output_len:
+            if call.generated < call.output_len and call.owner is not None:
                 heappush(self.due, (due + self.itl_s, next(self.order), call))
             self.emit(call, now, call.generated == call.output_len)
-        self.end = self.due[0][0] if self.due else float("inf")
+        self.end = self.due[0][0] if self.due else NEVER
 
     def values(self) -> dict[str, float]:
-        """Our quantities for the metrics page."""
-        return super().values() | {"running": len(self.due) - self.starting, "waiting": self.starting}
+        """As above; every call runs."""
+        return super().values() | {"running": len(self.due)}

@@ -7,7 +7,7 @@ import numpy as np
 
 from kit.catalog.paths import DATA, load_yaml
 from kit.scheduler import SchedulerConfig
-from kit.simulator.steps import StepTime
+from kit.simulator import StepTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,8 @@ class Truth:
 
 def truth(seed: int) -> Truth:
     """The machine of that seed, the same on every call."""
-    rng = np.random.default_rng([seed, 20261])
-    spans = load_yaml(DATA / "emulator.yaml")["truth"].items()
-    return Truth(**{name: float(np.exp(rng.uniform(*np.log(span)))) for name, span in spans})
+    rng, spans = np.random.default_rng([seed, 20261]), load_yaml(DATA / "emulator.yaml")["truth"]
+    return Truth(**{name: float(np.exp(rng.uniform(*np.log(span)))) for name, span in spans.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,7 @@ class HiddenStepTime:
         return base_s + self.truth.step_s + decodes * self.truth.row_s, per_token_s
 
 
-def hide(
-    seed: int | None, limits: SchedulerConfig, nominal: StepTime
-) -> tuple[SchedulerConfig, StepTime, Truth | None]:
-    """Limits and step times of that seed's machine, stalls aside; without a seed those of the model."""
-    if seed is None:
-        return limits, nominal, None
-    hidden = truth(seed)
-    limits = replace(limits, kv_blocks=max(1, int(limits.kv_blocks * hidden.kv_cache_factor)))
-    return limits, HiddenStepTime(nominal, hidden), hidden
+def hide(seed: int, limits: SchedulerConfig, nominal: StepTime) -> tuple[SchedulerConfig, StepTime]:
+    """Limits and step times of that seed's machine, its stalls aside."""
+    blocks = max(1, int(limits.kv_blocks * truth(seed).kv_cache_factor))
+    return replace(limits, kv_blocks=blocks), HiddenStepTime(nominal, truth(seed))
