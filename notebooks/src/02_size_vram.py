@@ -211,13 +211,15 @@ print(f"\nA pause that loses its cache: {again_s:.2f} s of prefill at least (mod
 # the captured CUDA graphs.
 
 # %%
-vllm = replace(config, engine="vllm", engine_version=None)
+count = best.memory.config.gpu_count
+vllm = scenarios.parallel(run.model, replace(config, engine="vllm", gpu_count=count))
 plots.pool_by_max_num_seqs(run.model, run.gpu, vllm, ("0.16.0", "0.32.0"))
 plt.show()
 
 # %% [markdown]
-# **Reading it.** The lever is real and small: it moves the pool by GiB, not by half, and what it costs changes
-# with the engine's version.
+# **Reading it.** The curve is drawn for the recommended number of GPUs, per GPU.
+# What the lever costs changes with the engine's version: in older ones a large value takes whole GiB, in newer ones
+# little.
 # It does not reserve a slot of KV cache per sequence.
 # Set it for latency (notebook 05) and let the pool decide the sessions.
 #
@@ -248,7 +250,7 @@ big = catalog.model("llama-3.1-70b")
 try:
     plan(big, h200, EngineConfig(gpu_count=3, tensor_parallel_size=3))
 except UserError as refusal:
-    print("refused:", str(refusal).replace("; ", "\n"))
+    print("refused:\n" + str(refusal).replace("; ", "\n"))
 
 # %%
 ten = sessions.Demand(context_tokens=32_768, sessions=10)
@@ -397,7 +399,7 @@ except AssertionError as broken:
 #
 # The verdict follows from the two numbers: *holds with a condition* means that only the number under the
 # condition named in the last column agrees.
-# GB are decimal, as in the article; "about" is within 10 %.
+# GB are decimal, as in the article; "about" is within a tenth.
 
 # %%
 notebook.prose_table(article.rows("02"))
