@@ -25,7 +25,7 @@ RANKS = {
     4: ["scheduler"],
     5: ["workload"],
     6: ["scenario", "simulator", "emulator"],
-    7: ["loadgen"],
+    7: ["decision", "loadgen"],
     8: ["engines"],
     9: ["tune"],
     10: ["fleet"],
