@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 
 from kit import catalog
-from kit.emulator import Api, Machine, clock, hide, truth
+from kit.emulator import Api, clock, hide, truth
 from kit.emulator.page import Page
 from kit.emulator.server import Connection
 from kit.emulator.text import PrefixTree, example, words
-from kit.engine_config import EngineConfig, resolve
+from kit.engine_config import EngineConfig, ResolvedConfig, resolve
 from kit.scheduler import Request, SchedulerConfig
 from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig
 from kit.workload import Session, Turn
@@ -57,9 +57,12 @@ class Line:
 LIMITS = SchedulerConfig(kv_blocks=4000, max_model_len=8192, max_num_seqs=64, max_num_batched_tokens=2048)
 
 
-def machine(engine: str = "vllm", limits: SchedulerConfig = LIMITS, **given: Any) -> Machine:
-    config = resolve(EngineConfig(engine=engine), catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"))
-    return Machine("tiny", config, limits, given.pop("step_time", Line()), **given)
+def resolved(engine: str = "vllm") -> ResolvedConfig:
+    return resolve(EngineConfig(engine=engine), catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"))
+
+
+def machine(engine: str = "vllm", limits: SchedulerConfig = LIMITS, **given: Any) -> Callable[[], Api]:
+    return partial(Api, "tiny", resolved(engine), limits, Line(), **given)
 
 
 @dataclass
@@ -94,13 +97,13 @@ class Served:
 
 
 @contextmanager
-def serving(emulated: Machine) -> Iterator[Served]:
+def serving(make: Callable[[], Api]) -> Iterator[Served]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
     async def begin() -> tuple[Api, int]:
-        api = Api(emulated, loop)
+        api = make()
         server = await loop.create_server(partial(Connection, api), "127.0.0.1", 0)
         return api, server.sockets[0].getsockname()[1]
 
@@ -369,7 +372,7 @@ def test_names_labels_and_edges_are_the_engines(engine: str, file: str) -> None:
     values = dict.fromkeys(("stop", "length", "abort"), 0.0) | dict.fromkeys(
         ("running", "waiting", "kv_cache_usage", "preemptions", "prefix_hits", "prefix_queries", "prefix_hit_rate",
          "prompt_tokens", "generation_tokens", "refused", "kv_cache_tokens"), 64.0)  # fmt: skip
-    page = Page(machine(engine).config, "tiny").text(values, 16)
+    page = Page(resolved(engine), "tiny").text(values, 16)
     absent_at_first = {"sglang:num_retracted_requests_total", "sglang:num_aborted_requests_total"}
     for line in page.splitlines():
         found = re.match(r"(\w+:\w+)\{(.*)\}", line)
@@ -415,7 +418,7 @@ def test_pace_is_kept() -> None:
 def test_a_hidden_machine_is_the_seeds_and_slower_where_its_factors_say() -> None:
     assert truth(3) == truth(3) != truth(4)
     drawn, nominal = truth(3), Line()
-    limits, steps = hide(3, LIMITS, nominal)
+    limits, steps = hide(drawn, LIMITS, nominal)
     assert limits.kv_blocks == int(LIMITS.kv_blocks * drawn.kv_cache_factor)
     base_s, per_token_s = steps.decode_line(8)
     assert base_s == pytest.approx(nominal.decode_line(8)[0] / drawn.bandwidth_factor + drawn.step_s + 8 * drawn.row_s)
@@ -495,7 +498,7 @@ def test_it_schedules_as_the_simulator_does(kv_blocks: int, monkeypatch: pytest.
     simulated = Simulation(SimulationConfig(limits), Line()).run(load)
     loop = VirtualLoop()
     monkeypatch.setattr(clock, "monotonic", loop.monotonic)
-    page = Page(machine().config, "tiny")
+    page = Page(resolved(), "tiny")
     real = clock.Clock(limits, Line(), page, loop)  # type: ignore[arg-type]
     tree = PrefixTree(limits.block_size)
     talks = [Talk(session, real, tree, loop) for session in load]

@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,13 +32,13 @@ def command(
     """Serve as that engine on that GPU would schedule; times are the model's, never a GPU's."""
     pace_s = _pace(pace) if pace else None
     from kit import catalog, simulator
-    from kit.emulator import Machine, listen
+    from kit.emulator import Api, listen
     from kit.engine_config import resolve
 
     spec, card = catalog.model(model), catalog.gpu(gpu)
     limits, step_time, warnings = simulator.replica(spec, card, config)
     limits = replace(limits, max_num_queued_reqs=max_num_queued_reqs)
-    machine = Machine(model, resolve(config, spec, card), limits, step_time, truth, pace_s)
+    make = partial(Api, model, resolve(config, spec, card), limits, step_time, truth, pace_s)
 
     def ready(url: str) -> None:
         told = {"base_url": url, "model": model, "emulated": True, "warnings": warnings}
@@ -53,7 +54,7 @@ def command(
     run = asyncio.run
     with suppress(ImportError):
         from uvloop import run
-    run(listen(machine, host, port, ready))
+    run(listen(make, host, port, ready))
 
 
 def _pace(text: str) -> tuple[float, float]:

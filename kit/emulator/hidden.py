@@ -51,7 +51,7 @@ class HiddenStepTime:
         return base_s + self.truth.step_s + decodes * self.truth.row_s, per_token_s
 
 
-def hide(seed: int, limits: SchedulerConfig, nominal: StepTime) -> tuple[SchedulerConfig, StepTime]:
-    """Limits and step times of that seed's machine, its stalls aside."""
-    blocks = max(1, int(limits.kv_blocks * truth(seed).kv_cache_factor))
-    return replace(limits, kv_blocks=blocks), HiddenStepTime(nominal, truth(seed))
+def hide(hidden: Truth, limits: SchedulerConfig, nominal: StepTime) -> tuple[SchedulerConfig, StepTime]:
+    """Limits and step times of that machine, its stalls aside."""
+    blocks = max(1, int(limits.kv_blocks * hidden.kv_cache_factor))
+    return replace(limits, kv_blocks=blocks), HiddenStepTime(nominal, hidden)

@@ -41,7 +41,7 @@ class Page:
         )
         self.histograms = {key: Histogram(edges) for key, edges in self.own["edges"].items()}
         self.late = Histogram(ours["late_edges"])
-        self.labels = {key: f'{told}model_name="{model_name}"' for key, told in self.own["labels"].items()}
+        self.labels = {key: told.replace("{model}", model_name) for key, told in self.own["labels"].items()}
 
     def text(self, values: dict[str, float], block_size: int) -> str:
         """The page now, from our quantities and the requests that ended, by reason."""
@@ -49,12 +49,11 @@ class Page:
         rows = [("emulator_info", f'emulated="true",{common}', 1.0)]
         rows.append(("emulator_clock_lateness_max_seconds", common, self.late.max))
         for key, spelling in self.names.items():
-            name, _, label = (spelling or "").partition("@")
+            (name, _, label), labels, value = (spelling or "").partition("@"), self.labels.get(key, common), values[key]
             if label:
-                told = f'{label}="{values[key]}",num_gpu_blocks="{int(values[key] // block_size)}"'
-                rows.append((name, f'{told},block_size="{block_size}",{common}', 1.0))
-            elif name:
-                rows.append((name, self.labels.get(key, common), values[key]))
+                blocks = f'num_gpu_blocks="{int(value // block_size)}",block_size="{block_size}"'
+                labels, value = f'{label}="{int(value)}",{blocks},{labels}', 1.0
+            rows += [(name, labels, value)] if name else []
         for name, label in self.own.get("ended", {}).items():
             rows += [(name, f'{label}="{why}",{common}', values[why]) for why in ("stop", "length", "abort")]
         lines = self.late.lines("emulator_clock_lateness_seconds", common)

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -41,18 +40,6 @@ GRACE_S = 2.0  # for answers under way when the server is told to stop
 
 class RefusedError(Exception):
     """An answer other than 200: status and message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What is emulated; `seed` hides another machine behind it, `pace_s` (TTFT, ITL) takes its place."""
-
-    model_name: str
-    config: ResolvedConfig
-    limits: SchedulerConfig
-    step_time: StepTime
-    seed: int | None = None
-    pace_s: tuple[float, float] | None = None
 
 
 class Connection(asyncio.Protocol):
@@ -132,7 +119,7 @@ class Generation:
         self.usage = (body.get("stream_options") or {}).get("include_usage")
         kind, prefix = ("chat.completion", "chatcmpl") if self.chat else ("text_completion", "cmpl")
         self.head: Body = {"id": f"{prefix}-{request.key}", "object": kind + ".chunk" * (self.chat and self.stream)}
-        self.head |= {"created": int(time.time()), "model": connection.api.machine.model_name}
+        self.head |= {"created": int(time.time()), "model": connection.api.model_name}
         self.head["system_fingerprint"] = "emulated"
         self.events = self._events()
 
@@ -190,17 +177,20 @@ def parts(answer: Answer) -> Iterator[str | Body]:
 class Api:
     """Requests in, calls to the clock, answers out."""
 
-    def __init__(self, machine: Machine, loop: asyncio.AbstractEventLoop) -> None:
-        self.machine, seed, limits, step_time = machine, machine.seed, machine.limits, machine.step_time
-        if seed is not None:
-            limits, step_time = hide(seed, limits, step_time)
-        page = Page(machine.config, machine.model_name)
-        given = limits, step_time, page, loop, None if seed is None else truth(seed), seed or 0
-        self.clock = Paced(machine.pace_s, *given) if machine.pace_s else Clock(*given)
+    def __init__(
+        self, model_name: str, config: ResolvedConfig, limits: SchedulerConfig, step_time: StepTime,
+        seed: int | None = None, pace_s: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        hidden = None if seed is None else truth(seed)
+        if hidden:
+            limits, step_time = hide(hidden, limits, step_time)
+        self.model_name, page = model_name, Page(config, model_name)
+        given = limits, step_time, page, asyncio.get_running_loop(), hidden, seed or 0
+        self.clock = Paced(pace_s, *given) if pace_s else Clock(*given)
         self.limits, self.tree, self.keys = limits, PrefixTree(limits.block_size), count(1)
         self.connections = set[Connection]()
-        card = {"id": machine.model_name, "object": "model", "created": int(time.time()), "owned_by": "emulator"}
-        card |= {"root": machine.model_name, "max_model_len": limits.max_model_len, "emulated": True}
+        card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "emulator"}
+        card |= {"root": model_name, "max_model_len": limits.max_model_len, "emulated": True}
         self.routes: dict[tuple[str, str], Callable[[Connection, Body], Body | str | None]] = {
             ("GET", "/health"): lambda *_: "",
             ("GET", "/v1/models"): lambda *_: {"object": "list", "data": [card]},
@@ -232,8 +222,8 @@ class Api:
         return {"count": len(ids), "max_model_len": self.limits.max_model_len, "tokens": ids.tolist()}
 
     def _generate(self, connection: Connection, body: Body) -> None:
-        if body.get("model", self.machine.model_name) != self.machine.model_name:
-            raise RefusedError(404, f"no model {body['model']!r} here, only {self.machine.model_name!r}")
+        if body.get("model", self.model_name) != self.model_name:
+            raise RefusedError(404, f"no model {body['model']!r} here, only {self.model_name!r}")
         if body.get("n", 1) != 1:
             raise ValueError("n: one choice per request is emulated")
         prompt = prompt_bytes(body)
@@ -274,10 +264,9 @@ def failure(status: int, message: str) -> Body:
     return {"error": {"message": message, "type": STATUS[status][1], "param": None, "code": status}}
 
 
-async def listen(machine: Machine, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM; `ready` is told the URL once connections are taken."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    api = Api(machine, loop)
+async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve what `make` makes until SIGINT or SIGTERM; `ready` is told the URL once connections are taken."""
+    loop, stop, api = asyncio.get_running_loop(), asyncio.Event(), make()
     try:
         server = await loop.create_server(partial(Connection, api), host, port, backlog=BACKLOG)
     except OSError as error:
