@@ -108,6 +108,16 @@ def test_routing_and_its_prefix_hits() -> None:
         run(sessions, routing="sticky")
 
 
+def test_prefix_routing_sees_what_a_jump_has_evicted_so_far() -> None:
+    sessions = [
+        Session(0, 0.0, [Turn(16, 1)], prefix_id=7, shared_prefix_tokens=128),
+        Session(1, 0.1, [Turn(144, 170)]),  # grows over the cached prefix on the same replica
+        Session(2, 1.79, [Turn(16, 1)], prefix_id=7, shared_prefix_tokens=128),
+    ]
+    rows = table(run(sessions, routing="prefix", replicas=2, limits={"kv_blocks": 20}))
+    assert dict(zip(rows["key"], rows["replica"], strict=True)) == {0: 0, 1: 0, 2: 1}
+
+
 def test_refused_and_unfinished_turns_are_counted() -> None:
     sessions = [
         Session(0, 0.0, [Turn(5000, 10), Turn(1, 1)]),
@@ -169,9 +179,10 @@ many = st.lists(
 @given(
     many, st.sampled_from(ROUTINGS), st.integers(12, 60), st.sampled_from([1, 16]),
     st.integers(1, 5), st.booleans(), st.booleans(), st.sampled_from([None, 0.7]),
+    st.sampled_from([(0.01, 1e-4, 1.7e-7), (0.01, 0.0, 0.0)]),
 )  # fmt: skip
 def test_jumps_equal_steps_to_the_last_digit(
-    sessions, routing, blocks, block_size, max_num_seqs, mixed, keep_kv, until_s
+    sessions, routing, blocks, block_size, max_num_seqs, mixed, keep_kv, until_s, times
 ) -> None:
     sessions = sorted(sessions, key=lambda session: session.arrival_s)
     limits = {
@@ -181,7 +192,7 @@ def test_jumps_equal_steps_to_the_last_digit(
         "reserve_running_output_fraction": 0.0 if mixed else 0.098,
     }  # fmt: skip
     jumped, stepped = (
-        run(sessions, Line(context_s=1.7e-7), limits=limits, routing=routing, replicas=2,
+        run(sessions, Line(*times), limits=limits, routing=routing, replicas=2,
             keep_kv=keep_kv, until_s=until_s, step_by_step=step_by_step)
         for step_by_step in (False, True)
     )  # fmt: skip

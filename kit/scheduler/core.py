@@ -78,6 +78,7 @@ class Scheduler:
         if not self.config.mixed_steps and not batch.chunks:
             self._plan_decodes(batch)
         if batch.chunks or batch.decodes:
+            self.peak_used = max(self.peak_used, self.pool.used)
             return batch
         return self.plan() if batch.preempted else None  # the only one running starts anew
 
@@ -96,14 +97,13 @@ class Scheduler:
         if missing > 0:
             self.pool.take(self._growth(missing))
             self._grown += missing
+            self.peak_used = max(self.peak_used, self.pool.used)
 
     def commit(self, batch: Batch, steps: int = 1) -> tuple[list[Request], list[Request]]:
         """End `steps` of the batch: requests whose prompt is now computed, and finished ones."""
         finished: list[Request] = []
         if batch.decodes:
             self.grow(steps)
-        self.peak_used = max(self.peak_used, self.pool.used)
-        if batch.decodes:
             self.clock += steps
             self.context += steps * self.decodes
             self._output_left -= steps * self.decodes
@@ -242,7 +242,6 @@ class Scheduler:
         request.computed += tokens
         if request.computed < request.target:
             return False
-        self._blocked = False
         request.generated += 1
         self._output_left -= 1
         request.decoding = True

@@ -88,13 +88,15 @@ class Simulation:
         return self
 
     def _play(self, stop: tuple[int, int] | None) -> None:
-        """Process the events before `stop`; at one instant arrivals (0) precede step ends (1)."""
+        """Process the events before `stop`; at one instant arrivals (0), step ends (1), plans (2)."""
         heap = self._heap
         while heap and (stop is None or heap[0][:2] < stop):
             self.now, kind, _, item = heappop(heap)
             self.events += 1
             if kind == 0:
                 self._send(item)
+            elif kind == 2:
+                self._plan(item[0])
             elif item[1] == item[0].version:
                 self._step_end(item[0])
 
@@ -126,8 +128,8 @@ class Simulation:
             return
         replica.backlog_tokens += input_len
         self.in_flight[request.key] = request
-        if replica.batch is None:
-            self._plan(replica)
+        if replica.batch is None and not replica.pending:
+            self._plan_next(replica)
         elif was_empty and replica.steps > 1 and replica.shorten(self.now):
             self._announce(replica)
 
@@ -149,31 +151,33 @@ class Simulation:
     def _announce(self, replica: Replica) -> None:
         heappush(self._heap, (replica.end, 1, replica.index, (replica, replica.version)))
 
+    def _plan_next(self, replica: Replica) -> None:
+        """Plan now, but after everything else that happens at this instant, and not before ready."""
+        ready = max(self.now, round(self.config.ready_after_s * TICKS_PER_S))
+        if ready == self.now and (not self._heap or self._heap[0][0] > self.now):
+            self._plan(replica)
+            return
+        replica.pending = True
+        heappush(self._heap, (ready, 2, replica.index, (replica, 0)))
+
     def _plan(self, replica: Replica) -> None:
         """Start the replica's next step or run of steps."""
-        ready = round(self.config.ready_after_s * TICKS_PER_S)
-        if self.now < ready:  # the first to come finds it loading
-            replica.end = ready
-            self._announce(replica)
-            return
         batch = replica.plan(self.now, step_by_step=self.config.step_by_step)
-        if batch is None:
-            return
-        for request in batch.admitted:
-            if len(request.times) == 1:
-                request.times.append(self.now)
-        self._announce(replica)
+        if batch is not None:
+            for request in batch.admitted:
+                if len(request.times) == 1:
+                    request.times.append(self.now)
+            self._announce(replica)
 
     def _step_end(self, replica: Replica) -> None:
-        if replica.batch is not None:
-            first, finished = replica.finish(self.intervals)
-            for request in first:
-                if len(request.times) == 2:
-                    request.times.append(self.now)
-                    replica.backlog_tokens -= request.hit_tokens
-            for request in finished:
-                self._finish(replica, request)
-        self._plan(replica)
+        first, finished = replica.finish(self.intervals)
+        for request in first:
+            if len(request.times) == 2:
+                request.times.append(self.now)
+                replica.backlog_tokens -= request.hit_tokens
+        for request in finished:
+            self._finish(replica, request)
+        self._plan_next(replica)
 
     def _finish(self, replica: Replica, request: Request) -> None:
         """A turn ended: write it down, start its children, schedule the next turn."""

@@ -14,6 +14,7 @@ class Replica:
         self.index, self.clock = index, clock
         self.scheduler = Scheduler(config)
         self.batch: Batch | None = None
+        self.pending = False  # a plan is due at this instant, or when the replica is ready
         self.start = self.end = self.first = self.slope = self.steps = 0
         self.version = 0  # of the announced end: a shortened run announces a new one
         self.backlog_tokens = 0  # prompt tokens sent here and not computed yet
@@ -22,6 +23,7 @@ class Replica:
 
     def plan(self, now: int, *, step_by_step: bool = False) -> Batch | None:
         """Start the next step or run of steps now; None when there is nothing to do."""
+        self.pending = False
         batch = self.batch = self.scheduler.plan()
         if batch is None:
             return None
@@ -66,7 +68,8 @@ class Replica:
 
     def cut(self, now: int, intervals: IntervalHistogram) -> None:
         """Stop in the middle: count the steps of the run that ended before `now`."""
-        done = self.steps_until(now) - 1 if self.batch is not None and self.steps > 1 else 0
+        self.catch_up(now)
+        done = self.steps_until(now) - 1 if self.steps > 1 else 0
         if done:
             self.steps, self.end = done, self.start + self.ticks(done)
             self.finish(intervals)
@@ -81,6 +84,7 @@ class Replica:
             self._stalled_rows = self._stalled_rows or self.scheduler.decodes
             self._stall += self.first
         first, finished = self.scheduler.commit(batch, self.steps)
+        self.steps = 0
         self.backlog_tokens -= sum(tokens for _, tokens, _ in batch.chunks)
         if batch.chunks or finished:
             self._sample()
