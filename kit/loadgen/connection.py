@@ -49,7 +49,7 @@ class Call:
         "parser", "reads", "reason", "retried", "scheduled", "sent", "turn",
     )  # fmt: skip
 
-    def __init__(self, conversation: Conversation, scheduled: float) -> None:
+    def __init__(self, conversation: Conversation, scheduled: float = 0.0) -> None:
         self.conversation, self.turn = conversation, conversation.turn
         self.asked = conversation.session.turns[self.turn]
         self.scheduled = self.due = scheduled  # due: later only where a concurrency cap held it

@@ -41,7 +41,8 @@ class Driver:
         self.idle: deque[Connection] = deque()
         self.in_flight: dict[Call, Connection | None] = {}
         self.waiting: deque[Call] = deque()
-        self.due: list[tuple[float, int, Call]] = []  # (-time, -ticket, call), the next one last
+        # (-time, -ticket, a call or a session whose first call it is), the next one last
+        self.due: list[tuple[float, int, Call | Session]] = []
         self.paced = 0.0
         self.ticket = count()
         self.sent = self.unsent_turns = self.open_sessions = 0
@@ -52,7 +53,7 @@ class Driver:
         self.over = asyncio.Event()
         self.sessions = self._sessions()
         first = level.sessions if level.slots is None else self._take(level.slots)
-        self.first = [Call(Conversation(session, prompts), session.arrival_s) for session in first]
+        self.first: list[Call | Session] = list(first)
 
     def _sessions(self) -> Iterator[Session]:
         """The sessions of a closed loop; a repeated list goes on under new keys."""
@@ -70,9 +71,11 @@ class Driver:
     async def prepare(self) -> None:
         """Make the requests and open the connections."""
         size = 0
-        for call in self.first:
-            if size < PREBUILT_BYTES:
-                size += self._build(call)
+        for index, session in enumerate(self.first):
+            if size > PREBUILT_BYTES or isinstance(session, Call):
+                break
+            self.first[index] = call = Call(Conversation(session, self.prompts), session.arrival_s)
+            size += self._build(call)
         if not self.target.cold_connects:
             gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
             await asyncio.gather(*(self._spare(gate) for _ in range(self.level.streams())))
@@ -97,15 +100,15 @@ class Driver:
         if self.level.duration_s is not None:
             self.stop_at = t0 + self.level.duration_s
         self.open_sessions = len(self.first)
-        for call in self.first:
-            call.scheduled = call.due = t0 + call.scheduled
-            self.due.append((-call.due, -next(self.ticket), call))
+        for first in self.first:
+            at = t0 + (first.scheduled if isinstance(first, Call) else first.arrival_s)
+            self.due.append((-at, -next(self.ticket), first))
+        self.first.clear()
         self.due.sort()
         self._sleep(-self.due[-1][0] - monotonic())
         self.loop.call_later(PROBE_PERIOD_S, self._probe, monotonic() + PROBE_PERIOD_S)
 
     def _at(self, call: Call, when: float) -> None:
-        call.scheduled = call.due = when
         insort(self.due, (-when, -next(self.ticket), call))
         if self.due[-1][2] is call:
             self._sleep(when - monotonic())
@@ -128,7 +131,11 @@ class Driver:
                 return
             allowed -= 1
             self.paced += self.level.send_gap_s
-            self._launch(self.due.pop()[2])
+            when, _, call = self.due.pop()
+            if isinstance(call, Session):
+                call = Call(Conversation(call, self.prompts))
+            call.scheduled = call.due = -when
+            self._launch(call)
         if self.due and self.timer is None:
             self._sleep(-self.due[-1][0] - now)
 
@@ -209,7 +216,7 @@ class Driver:
         conversation.children_left = len(children)
         for child in children:
             spawned = Conversation(child, self.prompts, conversation)
-            self._at(Call(spawned, 0.0), end + child.arrival_s)
+            self._at(Call(spawned), end + child.arrival_s)
         if not children:
             self._go_on(conversation, end)
         self._check_over()
@@ -219,7 +226,7 @@ class Driver:
         parent = conversation.parent
         pause = conversation.session.turns[conversation.turn - 1].pause_after_s
         if not conversation.over and end + pause < self.stop_at:
-            self._at(Call(conversation, 0.0), end + pause)
+            self._at(Call(conversation), end + pause)
         elif parent is not None:
             parent.children_left -= 1
             if not parent.children_left:
@@ -229,7 +236,7 @@ class Driver:
             if self.level.slots is not None and end < self.stop_at:
                 for session in self._take(1):
                     self.open_sessions += 1
-                    self._at(Call(Conversation(session, self.prompts), 0.0), end)
+                    self._at(Call(Conversation(session, self.prompts)), end)
 
     def _check_over(self) -> None:
         if not (self.open_sessions or self.in_flight or self.due or self.waiting):

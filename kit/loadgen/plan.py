@@ -1,6 +1,5 @@
 """What is sent when: target, arrival process, sessions, and how they are dealt to workers."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -14,13 +13,13 @@ from kit.workload import Session, Turn, generate, load
 
 # Past this a single event loop (about 6 us per read) has no room left for 50 ms tokens.
 STREAMS_PER_WORKER = 10_000
-PREOPENED_FOR_RATE_S = 2.0  # a rate starts with connections for this many seconds of arrivals
+PREOPENED_S = 2.0  # an open loop starts with connections for its densest seconds
 DEFAULT_RATE_DURATION_S = 60.0
 SPARE_CONNECTIONS = 8
 # Requests that fall due together are sent at this pace: a server on the same machine, which has to
 # take each in, keeps up, and 10,000 are still out within 0.15 s.
 SEND_GAP_S = 13e-6
-OPEN_LOOPS = ("request_rate", "sessions")  # arrivals that do not wait for answers
+OPEN_LOOPS = ("request_rate", "sessions")
 LAP_KEYS = 10_000_000  # keys of a list of sessions that is begun again: texts of their own
 
 Source = Callable[[int], list[Session]]
@@ -83,9 +82,9 @@ class Level:
             return min(self.slots or self.max_concurrency or 0, len(self.sessions))
         if self.kind == "burst":
             return len(self.sessions)
-        span = max(session.arrival_s for session in self.sessions)
-        rate = len(self.sessions) / max(span, 1.0)
-        return min(len(self.sessions), math.ceil(rate * PREOPENED_FOR_RATE_S) + SPARE_CONNECTIONS)
+        times = np.sort([session.arrival_s for session in self.sessions])
+        soon = np.searchsorted(times, times + PREOPENED_S) - np.arange(len(times))
+        return min(len(times), int(soon.max()) + SPARE_CONNECTIONS)
 
     def deal(self, workers: int) -> list["Level"]:
         """Equal shares of sessions, slots and cap, pinned to workers before the run."""
