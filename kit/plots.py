@@ -130,8 +130,8 @@ def pool_by_max_num_seqs(
         default = plan(spec, gpu, base)
         at = (default.config.max_num_seqs, gib(default.pool.size_bytes))
         ax.plot(*at, "|", color=colour, markersize=18, markeredgewidth=2)
-        place = (6, 8 if index else -16)  # older versions lie below
-        ax.annotate("default", at, xytext=place, textcoords="offset points", fontsize=9)
+        place, side = ((6, 8), "left") if index else ((-6, -16), "right")  # older versions lie below
+        ax.annotate("default", at, xytext=place, textcoords="offset points", fontsize=9, ha=side)
         ends.append((pools[-1], f"{config.engine} {version}", colour))
         lost.append(f"{pools[0] - pools[-1]:.1f} GiB in {version}")
     _log2(ax, seqs)
