@@ -298,6 +298,8 @@ def test_command_prints_one_object_with_every_key() -> None:
         ((), "give --workload or --trace"),
         (("--workload", "voice", "--sessions", "0"), "--sessions must be above 0"),
         (("--workload", "voice", "--duration", "-5"), "--duration must be above 0, got -5"),
+        (("--workload", "voice", "--duration", "inf"), "--duration must be above 0, got inf"),
+        (("--workload", "voice", "--seed", "-1"), "--seed must be above -1, got -1"),
         (("--workload", "voise"), "nearest: voice"),
         (("--workload", "voice", "--routing", "random"), "unknown routing 'random'"),
         (("--trace", "x"), "--trace needs --trace-format: azure"),

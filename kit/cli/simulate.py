@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from kit.cli import options
 from kit.errors import UserError
 
 if TYPE_CHECKING:
+    from kit.engine_config import EngineConfig
     from kit.simulator import Load
 
 LATENCIES = "mean p50 p90 p99"
@@ -22,7 +24,9 @@ SHOWN = {
 }  # fmt: skip
 
 
+@options.engine_options
 def command(
+    config: "EngineConfig",
     model: options.Model,
     gpu: options.Gpu,
     workload: Annotated[str | None, typer.Option(help="key of data/workloads, or a YAML file")] = None,
@@ -37,31 +41,15 @@ def command(
     drop_kv: Annotated[bool, typer.Option("--drop-kv", help="pauses lose a session's KV")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="shared prefixes are cached already")] = False,
     ready_after: Annotated[float, typer.Option(help="seconds until cold replicas serve")] = 0.0,
-    engine: options.Engine = "vllm",
-    engine_version: options.EngineVersion = None,
-    gpu_count: options.GpuCount = 1,
-    tensor_parallel_size: options.TensorParallelSize = None,
-    pipeline_parallel_size: options.PipelineParallelSize = 1,
-    quantization: options.Quantization = None,
-    kv_cache_dtype: options.KvCacheDtype = "auto",
-    gpu_memory_utilization: options.GpuMemoryUtilization = None,
-    max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    enforce_eager: options.EnforceEager = False,
     slo_ttft_s: options.SloTtft = None,
     slo_tpot_s: options.SloTpot = None,
     json_output: options.Json = False,
 ) -> None:
     """Plays agent sessions or a recorded trace through simulated replicas."""
-    given = dict(locals())
     from kit import catalog, simulator
-    from kit.engine_config import EngineConfig
 
-    names = EngineConfig.__dataclass_fields__
-    config = EngineConfig(**{name: value for name, value in given.items() if name in names})
-    _check(sessions=sessions, duration=duration, burst=burst, replicas=replicas,
-           slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s)  # fmt: skip
+    _check(sessions=(sessions, 0), duration=(duration, 0), burst=(burst, 0), replicas=(replicas, 0), seed=(seed, -1),
+           ready_after=(ready_after, -1), slo_ttft_s=(slo_ttft_s, 0), slo_tpot_s=(slo_tpot_s, 0))  # fmt: skip
     load = _load(workload, trace, trace_format)
     load = replace(load, sessions=sessions, duration_s=duration, burst=burst, seed=seed)
     limits, step_time, warnings = simulator.replica(catalog.model(model), catalog.gpu(gpu), config)
@@ -78,10 +66,11 @@ def command(
         sys.stdout.write(_text(result))
 
 
-def _check(**numbers: float | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
+def _check(**given: tuple[float | None, float]) -> None:
+    """Refuses what is not finite or not above the lower bound beside it."""
+    for name, (value, above) in given.items():
+        if value is not None and not above < value < inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above {above:g}, got {value:g}")
 
 
 def _load(workload: str | None, trace: str | None, trace_format: str | None) -> "Load":

@@ -38,12 +38,12 @@ def load(name: str) -> Workload:
     import yaml
     from pydantic import ValidationError
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise unknown("workload", name, names())
     try:
         return Workload.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
