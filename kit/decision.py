@@ -34,6 +34,8 @@ def decide(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, 
 def replicas(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, int] | None:
     """How many replicas of one full node hold the demand together, None where one holds no session."""
     node = hold(spec, gpu, replace(config, gpu_count=COUNTS[-1]), demand)
+    if node.answer.limited_by == "max_model_len":
+        return None
     usable = node.memory.kv_cache_bytes * (1 - demand.headroom_fraction)
     each = min(int(node.memory.concurrency(demand.context_tokens, usable)), node.memory.config.max_num_seqs)
     wanted = demand.sessions + demand.paused_sessions
@@ -50,6 +52,7 @@ def _chosen(held: Held, given: EngineConfig) -> dict[str, Any]:
         "sessions": held.answer.max_concurrent_sessions,
         "sessions_interval": list(held.sessions_interval),
         "limited_by": held.answer.limited_by,
+        "max_model_len": config.max_model_len,
         "kv_cache_tokens": held.memory.kv_cache_tokens(),
         "engine_args": engine_args(held.memory, held.answer, given),
     }
@@ -99,6 +102,9 @@ def _recommended(decision: Mapping[str, Any], demand: Demand) -> list[str]:
         longest = best["kv_cache_tokens"] // wanted
         grow = f"Room to grow: its pool holds {wanted} sessions of up to {longest:,} tokens each."
         return [f"Recommended, {_told(best, gpu)}.", f"Flags: {flags}", grow]
+    if decision["asked"]["limited_by"] == "max_model_len":
+        longest = decision["asked"]["max_model_len"]
+        return [f"No GPU helps: {decision['model']} reads at most {longest:,} tokens."]
     if node:
         return [
             f"Recommended: {node['replicas']} replicas of {node['gpu_count']}x {gpu}, {node['sessions_each']} each."

@@ -149,3 +149,11 @@ def test_paused_sessions_that_may_be_evicted():
     found, lines = decided("voice-agent", "l40s-48gb")
     assert found["asked"]["sessions"] < found["paused_evicted"]["sessions"]
     assert any(line.startswith("With the paused evicted") for line in lines)
+
+
+def test_a_context_beyond_the_models_is_no_question_of_gpus():
+    case, spec = scenario.load("customer-service"), catalog.model("opt-125m")
+    found = decide(case, spec, catalog.gpu("h200-sxm-141gb"), case.config(spec), case.demand())
+    assert found["recommended"] is None
+    assert found["replicas"] is None
+    assert "No GPU helps: opt-125m reads at most 2,048 tokens." in sentences(case, case.demand(), found)
