@@ -22,6 +22,7 @@ from kit.memory.startup import start_up
 from kit.units import GB
 
 VERDICTS = ("holds", "holds with a condition", "does not hold")
+HEADINGS = ("line", "the article says", "its figure (quoted)", "ours (modelled)", "verdict", "why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,14 @@ class Line:
     figure: str
     ours: float
     on_condition: float | None
-    unit: str
     verdict: str
     reason: str
+
+    @property
+    def shown(self) -> str:
+        """Our numbers as text."""
+        numbers = [f"{n:,.0f}" if n >= 1000 else f"{n:.3g}" for n in (self.ours, self.on_condition) if n is not None]
+        return "; on condition ".join(numbers)
 
 
 def lines(notebook: str) -> list[Line]:
@@ -47,24 +53,9 @@ def lines(notebook: str) -> list[Line]:
 def rows(notebook: str) -> list[dict[str, str]]:
     """A notebook's lines as a table reads them."""
     return [
-        {
-            "line": one.id,
-            "the article says": one.claim,
-            "its figure (quoted)": f"{one.figure} {one.unit}",
-            "ours (modelled)": _number(one.ours) + _on_condition(one),
-            "verdict": f"**{one.verdict}**",
-            "why": one.reason,
-        }
+        dict(zip(HEADINGS, (one.id, one.claim, one.figure, one.shown, f"**{one.verdict}**", one.reason), strict=True))
         for one in lines(notebook)
     ]
-
-
-def _on_condition(one: Line) -> str:
-    return "" if one.on_condition is None else f"; on condition {_number(one.on_condition)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def table(section: str, notebook: str) -> list[dict[str, str]]:
@@ -108,8 +99,8 @@ def line(record: Mapping[str, Any]) -> Line:
     met = condition is not None and agrees(condition, record["rule"])
     verdict = VERDICTS[0 if agrees(ours, record["rule"]) else 1 if met else 2]
     reason = record["reason"].format(ours=ours, condition=condition, **_also(record))
-    shown = (record["id"], record["claim"], str(record["figure"]), ours, condition, record["unit"])
-    return Line(*shown, verdict, reason)
+    figure = f"{record['figure']} {record['unit']}"
+    return Line(record["id"], record["claim"], figure, ours, condition, verdict, reason)
 
 
 def agrees(number: float, rule: Mapping[str, float]) -> bool:
