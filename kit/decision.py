@@ -17,7 +17,6 @@ def decide(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, 
     fewest = smallest_count(spec, gpu, config, demand)
     rows = [row(case, spec, find_gpu(key), config, demand) for key in case.gpus]
     changes = [] if asked.answer.fits else list(alternatives(spec, gpu, config, demand, limit=8))
-    sizes = [change for change in changes if "--tensor-parallel-size" in change]
     return {
         "gpu": gpu.key,
         "model": spec.key,
@@ -25,7 +24,7 @@ def decide(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, 
         "recommended": _chosen(fewest, config) if fewest else None,
         "replicas": None if fewest else replicas(spec, gpu, config, demand),
         "paused_evicted": _chosen(hold(spec, gpu, config, replace(demand, paused_sessions=0)), config),
-        "would_fit": [change for change in changes if change not in sizes[1:]],  # the fewest GPUs say it
+        "would_fit": changes,
         "fitting_gpus": [one["gpu"] for one in rows if one["fits"]],
         "separate_engines": _shares(case, gpu, config),
     }

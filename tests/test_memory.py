@@ -166,7 +166,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         result.shortfall_bytes
     )
     found = list(alternatives(spec, H100, EngineConfig(), demand))
-    assert any("--tensor-parallel-size 2" in text for text in found)
+    assert "2x h100-sxm-80gb (tensor parallel 2)" in found
 
 
 def test_a_model_len_beyond_the_pool_cannot_start() -> None:

@@ -8,10 +8,9 @@ from kit.catalog import GpuSpec, ModelSpec, gpu, gpu_keys
 from kit.engine_config import EngineConfig, engine_data, tensor_parallel_sizes
 from kit.errors import UserError
 from kit.memory.plan import MemoryPlan, plan
-from kit.units import format_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Demand:
     """Sessions to hold: active ones have a request in the engine, paused ones only their cache."""
 
@@ -109,33 +108,35 @@ def alternatives(
     model: ModelSpec, card: GpuSpec, config: EngineConfig, demand: Demand, limit: int = 4
 ) -> Iterator[str]:
     """What would hold the asked sessions, cheapest change first: dtypes, GPUs, another card."""
-    found = 0
-    for text, other, changed in _changes(model, card, config):
+    found: set[str] = set()
+    for kind, text, other, changed in _changes(model, card, config):
+        if kind in found or len(found) == limit:
+            continue
         try:
-            memory = plan(model, other, changed)
+            fits = answer(plan(model, other, changed), demand).fits
         except UserError:
             continue
-        if answer(memory, demand).fits:
+        if fits:
+            found.add(kind)
             yield text
-            found += 1
-        if found == limit:
-            return
 
 
-def _changes(model: ModelSpec, card: GpuSpec, config: EngineConfig) -> Iterator[tuple[str, GpuSpec, EngineConfig]]:
-    if config.kv_cache_dtype == "auto":
-        yield "--kv-cache-dtype fp8", card, replace(config, kv_cache_dtype="fp8")
+def _changes(model: ModelSpec, card: GpuSpec, config: EngineConfig) -> Iterator[tuple[str, str, GpuSpec, EngineConfig]]:
+    """Kind of change, its text, the card and the flags; of one kind the first that fits is enough."""
+    flags = engine_data(config.engine)["flags"]
+    if config.kv_cache_dtype == "auto" and flags.get("kv_cache_dtype"):
+        yield "kv", f"{flags['kv_cache_dtype']} fp8", card, replace(config, kv_cache_dtype="fp8")
     if (config.quantization or model.quantization or "bf16") == "bf16":
         for quantization in ("fp8", "int4-awq"):
-            yield f"--quantization {quantization}", card, replace(config, quantization=quantization)
+            yield "weights", f"{quantization} weights", card, replace(config, quantization=quantization)
     used = max(config.gpu_count, config.tensor_parallel_size or 1)
     for size in tensor_parallel_sizes(model, 8):
         if size > used:
             changed = replace(config, gpu_count=size, tensor_parallel_size=size)
-            yield f"--tensor-parallel-size {size} on {size}x {card.key}", card, changed
+            yield "gpus", f"{size}x {card.key} (tensor parallel {size})", card, changed
     for other in sorted(map(gpu, gpu_keys()), key=lambda one: one.memory_bytes):
         if other.memory_bytes > 1.05 * card.memory_bytes:
-            yield f"{other.key} ({format_bytes(other.memory_bytes)})", other, config
+            yield "card", f"{used}x {other.key}" if used > 1 else other.key, other, config
 
 
 def context_by_turn(first_tokens: int, added_tokens: int, output_tokens: int, turns: int) -> list[int]:

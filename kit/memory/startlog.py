@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kit.catalog import GpuSpec, ModelSpec
+from kit.catalog import ModelSpec, model
 from kit.catalog.quantization import QUANTIZATIONS
 from kit.engine_config import EngineConfig, engine_data
 from kit.errors import UserError
@@ -68,7 +68,7 @@ def config_from_log(config: EngineConfig, engine: str, values: dict[str, str]) -
     return replace(config, engine=engine, engine_version=version, **filled)
 
 
-def compare(memory: MemoryPlan, values: dict[str, str], card: GpuSpec, config: EngineConfig) -> Iterator[Compared]:
+def compare(memory: MemoryPlan, values: dict[str, str], config: EngineConfig) -> Iterator[Compared]:
     """Each line that the log has, in order of cause: memory, weights, peak, pool, tokens."""
     terms = {
         "weights_gib": memory.weights,
@@ -78,6 +78,7 @@ def compare(memory: MemoryPlan, values: dict[str, str], card: GpuSpec, config: E
         "kv_cache_gib": memory.pool,
     }
     if "gpu_memory_gib" in values:
+        card = memory.gpu
         total = Term(card.memory_bytes, card.memory_relative_uncertainty * card.memory_bytes)
         yield _line("gpu_memory_gib", values, total, "another card, or ECC switched the other way")
     reasons = {
@@ -140,15 +141,14 @@ def _tokens_reason(memory: MemoryPlan, values: dict[str, str]) -> str:
     return "hybrid layer groups print a derived number; compare the maximum concurrency instead"
 
 
-def model_of(values: dict[str, str], spec: ModelSpec) -> str | None:
-    """A warning where the log names another model than the one asked for, None otherwise."""
-    from kit.catalog import model
-
-    name = values.get("model")
-    if not name or name.startswith(("/", ".")):
-        return None
+def other_model(values: dict[str, str], spec: ModelSpec) -> Iterator[str]:
+    """A warning where the log names another model than the one asked for."""
+    name = values.get("model", "/")
+    if name.startswith(("/", ".")):
+        return
     try:
         found = model(name)
     except UserError:
-        return None
-    return None if found.key == spec.key else f"the log is of {name}, not of {spec.key}"
+        return
+    if found.key != spec.key:
+        yield f"the log is of {name}, not of {spec.key}"
