@@ -150,7 +150,8 @@ static void take_request(int fd) {
         answer_page(fd);
     } else {
         char *asked = strstr(body, "\"max_tokens\":");
-        c->asked = asked ? atoi(asked + 13) : 16;
+        if (!asked) asked = strstr(body, "\"max_completion_tokens\":");
+        c->asked = asked ? atoi(strchr(asked, ':') + 1) : 16;
         c->prompt_tokens = words(body);
         c->written = 0;
         c->started = seconds();

@@ -14,7 +14,7 @@ PROBE_TIMEOUT_S = 30.0
 PROBE_WORDS = (40, 296)
 PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 # What a word may plausibly cost, and a chat template add; else the server's count is not believed.
-TOKENS_PER_WORD = (0.5, 4.0)
+TOKENS_PER_WORD = (0.5, 8.0)  # 5.4 with one token per character
 OVERHEAD_TOKENS = (-2.0, 1000.0)
 
 

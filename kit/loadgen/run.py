@@ -24,7 +24,7 @@ from kit.loadgen.worker import Job
 
 DESCRIPTORS_BESIDE = 64  # files, pipes and the loop's own
 START_DELAY_S = 0.1  # from "go" to the first scheduled time
-POLL_S = 1.0
+POLL_S, TELL_S = 0.5, 2.0
 
 
 def _tell(line: str) -> None:
@@ -199,7 +199,7 @@ def _follow(
     crew: list[_Worker], level: Level, watch: ServerWatch, log: Callable[[str], None]
 ) -> None:
     """Collect messages until every worker has given its result; poll the server; tell progress."""
-    started = polled = monotonic()
+    started = polled = told = monotonic()
     busy = {worker.pipe: worker for worker in crew}
     while busy:
         for pipe in multiprocessing.connection.wait(list(busy), POLL_S):
@@ -208,6 +208,8 @@ def _follow(
         if monotonic() - polled >= POLL_S:
             polled = monotonic()
             watch.poll()
+        if monotonic() - told >= TELL_S:
+            told = monotonic()
             names = ("sent", "completed", "failed", "in flight")
             sums = [f"{n} {sum(worker.progress.get(n, 0) for worker in crew)}" for n in names]
-            log(f"{level.name} {polled - started:5.0f} s  {'  '.join(sums)}\n")
+            log(f"{level.name} {told - started:5.0f} s  {'  '.join(sums)}\n")
