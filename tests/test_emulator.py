@@ -1,6 +1,7 @@
 """The emulator over real sockets, and its schedule against the simulator's."""
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import pytest
 from kit import catalog
 from kit.emulator import Api, clock, hide, truth
 from kit.emulator.page import Page
-from kit.emulator.server import Connection
+from kit.emulator.server import Connection, Generation
 from kit.emulator.text import PrefixTree, example, words
 from kit.engine_config import EngineConfig, ResolvedConfig, resolve
 from kit.scheduler import Request, SchedulerConfig
@@ -396,6 +397,29 @@ def test_the_page_reads_back_in_our_words() -> None:
             assert read.kv_cache_tokens == LIMITS.kv_blocks * LIMITS.block_size
 
 
+def test_nothing_is_left_to_the_garbage_collector() -> None:
+    def left() -> int:
+        return sum(isinstance(one, Generation | Request | Connection) for one in gc.get_objects())
+
+    with serving(machine()) as served:
+        gc.collect()
+        gc.disable()
+        before = left()
+        for i in range(5):
+            served.chat(f"question {i}", max_tokens=3)
+            served.events(messages=[user("x")], max_tokens=3)
+            served.events(messages=[user("x")], tools=TOOLS)
+            served.ask("POST", "/v1/chat/completions", {})
+            client = raw_stream(served.port, {"messages": [user("x")], "max_tokens": 7000})
+            client.recv(10)
+            client.close()
+        try:
+            assert eventually(lambda: served.metric("vllm:num_requests_running") == 0)
+            assert eventually(lambda: left() <= before + 1)
+        finally:
+            gc.enable()
+
+
 def test_the_same_requests_get_the_same_answers() -> None:
     said = []
     for _ in range(2):
@@ -491,9 +515,9 @@ def sessions(seed: int, number: int) -> list[Session]:
     return sorted(drawn, key=lambda session: session.arrival_s)
 
 
-@pytest.mark.parametrize("kv_blocks", [2000, 800])
-def test_it_schedules_as_the_simulator_does(kv_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = replace(LIMITS, kv_blocks=kv_blocks, max_num_seqs=24, max_num_batched_tokens=512)
+@pytest.mark.parametrize(("kv_blocks", "mixed_steps"), [(2000, True), (800, True), (2000, False)])
+def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = replace(LIMITS, kv_blocks=kv_blocks, max_num_seqs=24, max_num_batched_tokens=512, mixed_steps=mixed_steps)
     load = sessions(1, 40)
     simulated = Simulation(SimulationConfig(limits), Line()).run(load)
     loop = VirtualLoop()

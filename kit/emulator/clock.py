@@ -20,6 +20,7 @@ SPIN_S = 0.002  # event-loop timers are a millisecond coarse: the last of a wait
 LATE_S, TELL_EVERY_S = 0.02, 10.0  # what is said on stderr
 GIVEN_UP_S = 0.25  # a clock that is further behind moves on instead of running after the time
 PACED_AT_ONCE = 256  # tokens between looks at what arrives
+COUNTED = "stop", "length", "abort", "refused", "prompt_tokens", "generation_tokens"
 
 
 class Clock:
@@ -125,9 +126,7 @@ class Clock:
         """Our quantities for the metrics page, and the requests that ended, by reason."""
         scheduler, counts = self.scheduler, self.counts
         asked, hits = scheduler.query_tokens, scheduler.hit_tokens
-        told = {name: counts[name] for name in
-                ("stop", "length", "abort", "refused", "prompt_tokens", "generation_tokens")}  # fmt: skip
-        return told | {
+        return {name: counts[name] for name in COUNTED} | {
             "running": len(scheduler.running), "waiting": len(scheduler.waiting), "preemptions": scheduler.preemptions,
             "kv_cache_usage": scheduler.kv_cache_usage, "prefix_queries": asked, "prefix_hits": hits,
             "prefix_hit_rate": hits / max(1, asked),

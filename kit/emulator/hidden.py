@@ -39,8 +39,7 @@ class HiddenStepTime:
 
     def step_s(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int) -> float:
         """Seconds of a step with prefill."""
-        base_s, per_token_s = self.nominal.decode_line(decodes)
-        prompts_s = self.nominal.step_s(chunks, decodes, context) - base_s - per_token_s * context
+        prompts_s = self.nominal.step_s(chunks, decodes, context) - self.nominal.step_s((), decodes, context)
         base_s, per_token_s = self.decode_line(decodes)
         added_s = prompts_s / self.truth.compute_factor + len(chunks) * self.truth.request_s
         return base_s + per_token_s * context + added_s

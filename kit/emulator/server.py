@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from http import HTTPStatus
 from itertools import count
 from typing import Any
 from zlib import crc32
@@ -27,10 +28,6 @@ from kit.simulator import StepTime
 
 Body = dict[str, Any]
 Answer = str | list[Body]  # text, or tool calls
-STATUS = {
-    200: ("OK", ""), 400: ("Bad Request", "BadRequestError"), 404: ("Not Found", "NotFoundError"),
-    503: ("Service Unavailable", "ServiceUnavailableError"),
-}  # fmt: skip
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 OPEN = b"null}]}\n\n"  # how an event ends that is not the last
 NATURAL_TOKENS = 32, 256  # shortest and longest answer that is not told how long to be
@@ -62,12 +59,13 @@ class Connection(asyncio.Protocol):
         if self.call is not None:
             self.api.clock.cancel(self.call.request)
             self.call = None
+            self.api.clock.poll()
 
     def data_received(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self.reply(400, failure(400, f"not HTTP: {error}"))
+            self.reply(400, f"not HTTP: {error}")
             self.transport.close()
         self.api.clock.poll()
 
@@ -81,11 +79,11 @@ class Connection(asyncio.Protocol):
         self.body += body
 
     def on_message_complete(self) -> None:
-        if self.call is not None:  # pipelining, which nobody does
-            self.transport.abort()
-            return
-        self.keep = self.parser.should_keep_alive()
-        self.api.serve(self, self.parser.get_method().decode(), self.url.partition(b"?")[0].decode(), self.body)
+        self.keep, method = self.parser.should_keep_alive(), self.parser.get_method().decode()
+        if self.call is None:
+            self.api.serve(self, method, self.url.partition(b"?")[0].decode(), self.body)
+        else:
+            self.transport.abort()  # pipelining, which nobody does
 
     def write(self, data: bytes) -> None:
         """Send at once: the loop's own writes leave only after all callbacks that are ready."""
@@ -102,10 +100,15 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def reply(self, status: int, payload: Body | str) -> None:
-        """A whole answer, JSON or plain text."""
+        """A whole answer, JSON or plain text; or OpenAI's error with that message."""
+        phrase, kind = HTTPStatus(status).phrase, "application/json"
+        if status != 200:
+            error = {"message": payload, "type": phrase.replace(" ", "") + "Error", "param": None, "code": status}
+            payload = {"error": error}
+        elif isinstance(payload, str):
+            kind = "text/plain; version=0.0.4"
         body = payload.encode() if isinstance(payload, str) else json.dumps(payload).encode()
-        kind = "text/plain; version=0.0.4" if isinstance(payload, str) else "application/json"
-        head = f"HTTP/1.1 {status} {STATUS[status][0]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         self.write(head.encode() + body)
         self.done()
 
@@ -121,7 +124,7 @@ class Generation:
         self.head: Body = {"id": f"{prefix}-{request.key}", "object": kind + ".chunk" * (self.chat and self.stream)}
         self.head |= {"created": int(time.time()), "model": connection.api.model_name}
         self.head["system_fingerprint"] = "emulated"
-        self.events = self._events()
+        self.events = events(self.head, answer, self.chat)
 
     def token(self, last: bool) -> None:
         """Write the token's event; with the last one all that ends an answer."""
@@ -148,19 +151,16 @@ class Generation:
         counts = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
         return {**counts, "prompt_tokens_details": {"cached_tokens": max(0, self.request.hit_tokens)}}
 
-    def _events(self) -> Iterator[bytes]:
-        """Server-sent events, one per token; the first of a chat also names the role."""
-        head = json.dumps({**self.head, "choices": []}).encode()[:-2]
-        frame = b'data: %b{"index": 0, %b: %%b, "finish_reason": %b' % (
-            head,
-            b'"delta"' if self.chat else b'"text"',
-            OPEN,
-        )
-        opening = frame % b'{"role": "assistant", "content": ""}' if self.chat else b""
-        for part in parts(self.answer):
-            shown = {"content": part} if self.chat and isinstance(part, str) else part
-            yield opening + frame % json.dumps(shown).encode()
-            opening = b""
+
+def events(head: Body, answer: Answer, chat: bool) -> Iterator[bytes]:
+    """Server-sent events, one per token; the first of a chat also names the role."""
+    start, field = json.dumps({**head, "choices": []}).encode()[:-2], b"delta" if chat else b"text"
+    frame = b'data: %b{"index": 0, "%b": %%b, "finish_reason": %b' % (start, field, OPEN)
+    opening = frame % b'{"role": "assistant", "content": ""}' if chat else b""
+    for part in parts(answer):
+        shown = {"content": part} if chat and isinstance(part, str) else part
+        yield opening + frame % json.dumps(shown).encode()
+        opening = b""
 
 
 def parts(answer: Answer) -> Iterator[str | Body]:
@@ -187,7 +187,8 @@ class Api:
         self.model_name, page = model_name, Page(config, model_name)
         given = limits, step_time, page, asyncio.get_running_loop(), hidden, seed or 0
         self.clock = Paced(pace_s, *given) if pace_s else Clock(*given)
-        self.limits, self.tree, self.keys = limits, PrefixTree(limits.block_size), count(1)
+        self.limits, self.keys = limits, count(1)
+        self.tree = None if pace_s else PrefixTree(limits.block_size)
         self.connections = set[Connection]()
         card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "emulator"}
         card |= {"root": model_name, "max_model_len": limits.max_model_len, "emulated": True}
@@ -203,19 +204,16 @@ class Api:
 
     def serve(self, connection: Connection, method: str, path: str, body: bytes | bytearray) -> None:
         """Answer one request, or start the call that will."""
-        status, message = 400, ""
         try:
             if (method, path) not in self.routes:
                 raise RefusedError(404, f"no {method} {path} here")
             reply = self.routes[method, path](connection, json.loads(body) if body else {})
             if reply is not None:
                 connection.reply(200, reply)
-            return
         except RefusedError as refused:
-            status, message = refused.args
+            connection.reply(*refused.args)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-            message = f"{type(error).__name__}: {error}"
-        connection.reply(status, failure(status, message))
+            connection.reply(400, f"{type(error).__name__}: {error}")
 
     def _tokenize(self, _: Connection, body: Body) -> Body:
         ids = np.frombuffer(prompt_bytes(body), "<u4") % 128_000
@@ -233,7 +231,8 @@ class Api:
             over = f"{input_len} tokens of prompt and {asked or 1} of answer"
             raise RefusedError(400, f"{over} exceed the maximum context length of {self.limits.max_model_len} tokens")
         answer, output_len, finish = plan(body, crc32(prompt), room if asked is None else asked)
-        path = self.tree.path(prompt + (answer.encode() if isinstance(answer, str) else b""))
+        known = prompt + answer.encode() if isinstance(answer, str) else prompt
+        path = self.tree.path(known) if self.tree else ()
         request = Request(next(self.keys), input_len, output_len, path)
         if refusal := self.clock.submit(request):
             self.clock.counts["refused"] += 1
@@ -257,11 +256,6 @@ def plan(body: Body, seed: int, limit: int) -> tuple[Answer, int, str]:
     natural = max(body.get("min_tokens") or 0, low + seed % (high - low + 1))
     tokens = limit if body.get("ignore_eos") else min(limit, natural)
     return words(tokens, seed), tokens, "length" if tokens == limit else "stop"
-
-
-def failure(status: int, message: str) -> Body:
-    """OpenAI's error body."""
-    return {"error": {"message": message, "type": STATUS[status][1], "param": None, "code": status}}
 
 
 async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[[str], None]) -> None:

@@ -164,10 +164,9 @@ def _typed(schema: dict[str, Any], root: Any, depth: int) -> Any:
 
 
 def _number(schema: dict[str, Any], kind: str) -> float:
-    whole, step = kind == "integer" or "multipleOf" in schema, schema.get("multipleOf", 1)
-    high, above = schema.get("maximum", schema.get("exclusiveMaximum", float("inf"))), schema.get("exclusiveMinimum")
-    low = schema.get("minimum", 1 if high > 1 else high - step)
-    if above is not None:
+    step, high = schema.get("multipleOf", 1), schema.get("maximum", schema.get("exclusiveMaximum", float("inf")))
+    whole, low = kind == "integer" or "multipleOf" in schema, schema.get("minimum", 1 if high > 1 else high - step)
+    if (above := schema.get("exclusiveMinimum")) is not None:
         low = above + (step if whole or high > above + 2 * step else (high - above) / 2)
     value = ceil(low / step) * step if whole else low
     return int(value) if kind == "integer" else value
