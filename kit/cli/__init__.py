@@ -8,6 +8,7 @@ from kit.errors import UserError, unknown
 
 COMMANDS = {
     "size": "what fits on a GPU: weights, KV pool, sessions",
+    "predict": "latency and throughput of a model on a GPU, with intervals",
     "simulate": "agent sessions through the scheduler in virtual time",
     "emulate": "the engine in real time behind an OpenAI-compatible server, without a GPU",
     "load": "load-test an OpenAI-compatible server",

@@ -17,7 +17,7 @@ from kit.scheduler import SchedulerConfig, scheduler_config
 from kit.simulator.answers import answers, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
 from kit.simulator.steps import StepTime
-from kit.steptime import WARNING, roofline
+from kit.steptime import fitted, step_time
 from kit.traces import Trace
 from kit.workload import Session, Workload, generate
 from kit.workload.arrivals import Burst
@@ -102,9 +102,8 @@ def replica(model: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> tuple[Sched
             f"{model.key} leaves no room for a KV cache on {resolved.gpu_count} x {gpu.key}: "
             "see kit size for what would fit"
         )
-    weights_bytes = memory.weights.size_bytes * resolved.gpu_count
-    steps = roofline(model, gpu, resolved, weights_bytes)
-    return scheduler_config(resolved, tokens), steps, [WARNING]
+    warnings = list(fitted(model, gpu, resolved).warnings)
+    return scheduler_config(resolved, tokens), step_time(model, gpu, resolved), warnings
 
 
 def study(

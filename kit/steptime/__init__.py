@@ -1,0 +1,17 @@
+"""Seconds of one engine step, and of what surrounds it, for a model on a GPU under an engine version.
+
+`step_time` gives what the simulator and the emulator ask for; `fitted` says how good it is.
+"""
+
+from kit.catalog import GpuSpec, ModelSpec
+from kit.engine_config import ResolvedConfig
+from kit.steptime.coefficients import Fitted, fitted
+from kit.steptime.model import StepTime
+from kit.steptime.work import Work, work
+
+__all__ = ["Fitted", "StepTime", "Work", "fitted", "step_time", "work"]
+
+
+def step_time(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> StepTime:
+    """Step times of one replica with the coefficients of data/coefficients."""
+    return StepTime(work(model, gpu, config), fitted(model, gpu, config).coefficients)
