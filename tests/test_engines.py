@@ -197,7 +197,7 @@ def test_flags_in_every_engines_words():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_template_has_its_fields(engine: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_template_has_its_fields(engine: str, tmp_path: Path):
     one = launch(engine, "org/model", port=8000, docker=True)
     text = " ".join(one.argv)
     assert one.container == f"kit-{engine}-8000"
@@ -205,6 +205,11 @@ def test_every_template_has_its_fields(engine: str, monkeypatch: pytest.MonkeyPa
     assert str(engine_data(engine)["newest"]) in text
     assert "{" not in text
     assert one.health.startswith("/")
+    assert all(f"-e {name}={value}" in text for name, value in one.environment.items())
+    if engine != "ollama":  # keeps models of its own
+        assert "/.cache/huggingface:/root/.cache/huggingface" in text
+        local = " ".join(launch(engine, str(tmp_path), port=8000, docker=True).argv)
+        assert f"-v {tmp_path}:{tmp_path}:ro" in local
 
 
 def test_the_users_command_takes_the_flags_where_it_wants_them():

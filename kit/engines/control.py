@@ -98,11 +98,7 @@ class Engine:
 
 
 def start(
-    launch: Launch,
-    log: Path,
-    *,
-    deadline_s: float = START_DEADLINE_S,
-    tell: Callable[[str], None] = lambda line: None,
+    launch: Launch, log: Path, *, deadline_s: float = START_DEADLINE_S, tell: Callable[[str], None] = lambda line: None
 ) -> Engine:
     """Start an engine and wait until it serves; its log grows in `log`, progress goes to `tell`.
 
@@ -111,17 +107,12 @@ def start(
     _check(launch)
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    guard = subprocess.Popen(
-        [sys.executable, "-c", GUARD, *_removal(launch)], stdin=subprocess.PIPE, start_new_session=True
-    )
+    watching = [sys.executable, "-c", GUARD, *_removal(launch)]
+    guard = subprocess.Popen(watching, stdin=subprocess.PIPE, start_new_session=True)
     with log.open("wb") as output:
+        env = os.environ | launch.environment
         process = subprocess.Popen(
-            launch.argv,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | launch.environment,
-            start_new_session=True,
+            launch.argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
         )
     engine = Engine(launch, process, guard, log)
     try:
@@ -192,9 +183,7 @@ def _tell(group: int, number: int) -> bool:
     """Send a signal to the group (0 only asks); false when nobody of it is left."""
     try:
         os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # macOS says so of a group of zombies
+    except (ProcessLookupError, PermissionError):  # the second: macOS, of a group of zombies
         return False
     return True
 

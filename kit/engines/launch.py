@@ -79,12 +79,14 @@ def launch(
     if not command and not docker and not (folder / "bin").is_dir():
         raise UserError(f"{engine} is not installed: make engine ENGINE={engine}, or give its command")
     added, variables = flag_arguments(engine, flags or {})
-    local = str(Path(model).resolve()) if Path(model).is_dir() else model
-    version = version or str(data["newest"])
+    is_local = Path(model).is_dir()
+    place = str(Path(model).resolve()) if is_local else model
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    mount = f"-v {place}:{place}:ro" if is_local else f"-e HF_TOKEN -v {hub}:/root/.cache/huggingface"
     fields: dict[str, object] = {
-        "bin": folder / "bin", "root": ROOT, "model": local, "host": host, "port": port,
+        "bin": folder / "bin", "root": ROOT, "model": place, "host": host, "port": port,
         "served_model_name": served_model_name or model, "name": f"kit-{engine}-{port}",
-        "image": rule["image"].format(version=version), "flags": shlex.join(added),
+        "image": rule["image"].format(version=version or data["newest"]), "flags": shlex.join(added), "mount": mount,
     }  # fmt: skip
     special = rule.get("cpu", {}) if cpu else {}
     template = command or (rule["docker"] if docker else special.get("command", rule["command"]))
@@ -93,12 +95,12 @@ def launch(
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"engine command {template!r}: {error}; known: {', '.join(fields)}") from None
     argv += shlex.split(special.get("arguments", "")) + ([] if "{flags}" in template else added)
-    stated = rule["environment"] | special.get("environment", {})
+    stated = {name: os.environ.get(name, text) for name, text in rule["environment"].items()}
+    stated |= ({"HF_HUB_OFFLINE": "1"} if is_local else {}) | special.get("environment", {})
     environment = {name: text.format_map(fields) for name, text in stated.items()} | variables
-    if local != model or Path(model).is_absolute():
-        environment.setdefault("HF_HUB_OFFLINE", "1")
+    if docker:  # the container sees these only when told
+        argv[2:2] = [part for name, value in environment.items() for part in ("-e", f"{name}={value}")]
     return Launch(
-        engine, argv, {**environment, **{n: os.environ[n] for n in environment if n in os.environ}},
-        host, port, served_model_name or model, rule["health"], rule["failure_noise"],
+        engine, argv, environment, host, port, served_model_name or model, rule["health"], rule["failure_noise"],
         str(fields["name"]) if docker else None, cpu,
     )  # fmt: skip
