@@ -1,0 +1,135 @@
+"""kit load and `vllm bench serve` in turn against one real vLLM: how far apart are they?
+
+    make engine ENGINE=vllm && .venv/bin/python benchmarks/against_vllm_bench.py --write
+
+Both drive the same server with a closed loop of 16 streams over /v1/completions, prompts and answers
+of the same token counts, every run with prompts of its own. The order changes from pair to pair. What
+is compared is the relative difference within each pair, so that a slow drift of the machine drops out;
+its 95 % interval is Student's. With --write the table goes into docs/performance.md.
+On a CPU this says how well two clients agree, and nothing about the speed of an engine.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from kit.engines import Engine, launch, start
+from kit.engines.launch import ENVIRONMENTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- engines -->", "<!-- /engines -->"
+CONCURRENCY, REQUESTS, INPUT_LEN, OUTPUT_LEN = 16, 320, 128, 64
+MODEL = ENVIRONMENTS / "tiny-model"
+QUANTITIES = {"output_tokens_per_s": "output tokens/s", "ttft_s": "TTFT mean, s", "tpot_s": "TPOT mean, s"}
+
+
+def with_kit(engine: Engine, seed: int) -> dict[str, Any]:
+    """One run of kit load."""
+    call = [Path(sys.executable).with_name("kit"), "load", "--base-url", engine.launch.base_url, "--model", "tiny"]
+    call += ["--endpoint", "completions", "--concurrency", str(CONCURRENCY), "--requests", str(REQUESTS)]
+    call += ["--input-tokens", str(INPUT_LEN), "--output-tokens", str(OUTPUT_LEN), "--seed", str(seed), "--json"]
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert told["completed"] == REQUESTS, told["failures"]
+    assert told["output_tokens"] == REQUESTS * OUTPUT_LEN
+    return {
+        "output_tokens_per_s": told["output_tokens_per_s"],
+        "ttft_s": told["ttft_s"]["mean"],
+        "tpot_s": told["tpot_s"]["mean"],
+        "verdict": told["verdict"],
+        "reasons": told["verdict_reasons"],
+    }
+
+
+def with_vllm(engine: Engine, seed: int) -> dict[str, Any]:
+    """One run of vllm bench serve."""
+    with tempfile.TemporaryDirectory() as folder:
+        call = [ENVIRONMENTS / "vllm" / "bin" / "vllm", "bench", "serve", "--backend", "openai"]
+        call += ["--base-url", engine.launch.base_url, "--endpoint", "/v1/completions", "--model", "tiny"]
+        call += ["--tokenizer", MODEL, "--dataset-name", "random", "--random-input-len", INPUT_LEN]
+        call += ["--random-output-len", OUTPUT_LEN, "--num-prompts", REQUESTS, "--max-concurrency", CONCURRENCY]
+        call += ["--ignore-eos", "--seed", seed, "--save-result", "--result-dir", folder, "--disable-tqdm"]
+        quiet = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True, env=quiet)
+        (result,) = Path(folder).glob("*.json")
+        told = json.loads(result.read_text())
+    assert told["completed"] == REQUESTS
+    assert told["total_output_tokens"] == REQUESTS * OUTPUT_LEN
+    return {
+        "output_tokens_per_s": told["output_throughput"],
+        "ttft_s": told["mean_ttft_ms"] / 1e3,
+        "tpot_s": told["mean_tpot_ms"] / 1e3,
+        "input_tokens": told["total_input_tokens"],
+    }
+
+
+def measure(pairs: int) -> list[dict[str, Any]]:
+    """The pairs, after one run of each that warms the server up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = {"max_num_seqs": CONCURRENCY, "max_model_len": 4096, "enforce_eager": True}
+    wanted = launch("vllm", str(MODEL), flags, port=port, served_model_name="tiny")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, start(wanted, Path(folder) / "engine.log") as engine:
+        for index in range(pairs + 1):
+            order = [("kit", with_kit), ("vllm", with_vllm)][:: 1 if index % 2 else -1]
+            row = {name: run(engine, 1000 + index) for name, run in order}
+            if index:
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    return rows
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """Means of both, mean relative difference and its interval."""
+    facts = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in facts if "model name" in line), platform.machine())
+    load = os.getloadavg()[2]
+    valid = sum(row["kit"]["verdict"] == "VALID" for row in rows)
+    lines = [
+        f"Measured on {datetime.date.today()}, vLLM 0.32.0 on a CPU and both clients sharing {os.cpu_count()} cores of "
+        f"{cpu}, {platform.system()} {platform.release()}, load average {load:.1f} over 15 minutes.",
+        f"{len(rows)} pairs at concurrency {CONCURRENCY}, {REQUESTS} requests each of {INPUT_LEN} + {OUTPUT_LEN} "
+        f"tokens; kit load called {valid} of {len(rows)} runs VALID. A CPU engine shows how clients agree, "
+        "not how fast an engine is.",
+        "",
+        "| quantity | kit load | vllm bench serve | kit against vllm, mean | 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in QUANTITIES.items():
+        ours, theirs = (np.array([row[who][name] for row in rows]) for who in ("kit", "vllm"))
+        change = ours / theirs - 1
+        half = stats.t.ppf(0.975, len(rows) - 1) * change.std(ddof=1) / np.sqrt(len(rows))
+        mean, low, high = change.mean(), change.mean() - half, change.mean() + half
+        lines.append(f"| {title} | {ours.mean():.4g} | {theirs.mean():.4g} | {mean:+.1%} | {low:+.1%} to {high:+.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write the section where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    text = report(measure(asked.pairs))
+    print(text)
+    if asked.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN + "\n")
+        _, _, after = rest.partition(END)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
