@@ -124,9 +124,7 @@ def burst_rows(binary: Path, repeats: int) -> list[str]:
     return rows
 
 
-def row(
-    streams: int, itl_s: float, runs: list[dict[str, Any]], other: dict[str, float] | None
-) -> str:
+def row(streams: int, itl_s: float, runs: list[dict[str, Any]], other: dict[str, float] | None) -> str:
     def cell(name: str, scale: float, digits: int) -> str:
         values = [run[name] * scale for run in runs if run[name] is not None]
         if not values:

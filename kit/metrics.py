@@ -55,9 +55,7 @@ class Requests:
         return self.last_token_s - self.sent_s
 
 
-def token_gaps(
-    times_s: Floats, tokens_in_chunk: Floats | None = None, output_tokens: int | None = None
-) -> Floats:
+def token_gaps(times_s: Floats, tokens_in_chunk: Floats | None = None, output_tokens: int | None = None) -> Floats:
     """Inter-token latencies of one answer, in s; a chunk of k tokens gives k equal gaps.
 
     Without a count per chunk, more `output_tokens` than chunks are spread evenly over the chunks.
@@ -129,11 +127,7 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
 
 
 def meets_slo(
-    requests: Requests,
-    slo_ttft_s: float | None,
-    slo_tpot_s: float | None,
-    *,
-    from_send: bool = False,
+    requests: Requests, slo_ttft_s: float | None, slo_tpot_s: float | None, *, from_send: bool = False
 ) -> Bools:
     """Which requests meet every limit given; TTFT counts from the schedule unless `from_send`."""
     good = requests.ok.copy()
@@ -158,9 +152,7 @@ def peak_in_flight(start_s: Floats, end_s: Floats) -> int:
     return int(running.max()) if len(running) else 0
 
 
-def burst_absorption(
-    requests: Requests, slo_ttft_s: float | None, refused: Bools | None = None
-) -> dict[str, Any]:
+def burst_absorption(requests: Requests, slo_ttft_s: float | None, refused: Bools | None = None) -> dict[str, Any]:
     """How a step of load was taken: TTFT by arrival rank, recovery, backlog, shed fraction.
 
     `backlog_request_s` is the area under "requests waiting for a first token". `time_to_recover_s`
@@ -184,9 +176,7 @@ def burst_absorption(
     late = ttft > slo_ttft_s
     if np.isfinite(ttft).all():
         arrived = requests.scheduled_s[order]
-        result["time_to_recover_s"] = float(
-            (arrived + ttft)[late].max() - arrived[0] if late.any() else 0.0
-        )
+        result["time_to_recover_s"] = float((arrived + ttft)[late].max() - arrived[0] if late.any() else 0.0)
     share = np.cumsum(~late) / np.arange(1, len(late) + 1)
     passing = np.flatnonzero(share >= PASSING_ATTAINMENT)
     result["largest_passing_burst"] = int(passing[-1]) + 1 if len(passing) else 0

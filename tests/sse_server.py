@@ -8,9 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 Handler = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -102,9 +100,7 @@ def serving(handler: Handler, tls: ssl.SSLContext | None = None) -> Iterator[Ser
         writer.close()
 
     async def main() -> None:
-        listener = await asyncio.start_server(
-            connection, "127.0.0.1", 0, backlog=4096, ssl=tls, limit=1 << 22
-        )
+        listener = await asyncio.start_server(connection, "127.0.0.1", 0, backlog=4096, ssl=tls, limit=1 << 22)
         scheme = "https" if tls else "http"
         server.base_url = f"{scheme}://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         ready.set()

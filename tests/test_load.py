@@ -111,6 +111,7 @@ def test_coordinated_omission_shows_on_the_schedule() -> None:
         )  # fmt: skip
     assert server.peak == 1
     assert got["ttft_scheduled_s"]["p90"] > got["ttft_s"]["p90"] + 1.0
+    assert got["e2el_scheduled_s"]["p90"] > got["e2el_s"]["p90"] + 1.0
     assert got["slo_attainment_fraction"] < 0.5
 
 
@@ -492,8 +493,7 @@ def _cli_levels(workload: str) -> Any:
 def test_workloads_and_traces_are_replayed(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-        "2024-05-10 00:00:00.000000,90,3\n2024-05-10 00:00:00.400000,70,2\n"
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.000000,90,3\n2024-05-10 00:00:00.400000,70,2\n"
     )
     with serving(paced(0.005, 0.0)) as server:
         common = ["--base-url", server.base_url, "--model", "m", "--json"]

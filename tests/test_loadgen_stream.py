@@ -105,9 +105,7 @@ def test_garbage_never_raises(parts: list[bytes]) -> None:
     assert parse(body).outcome() is not None
 
 
-@pytest.mark.parametrize(
-    "text", ["plain", 'quote " inside', "back\\slash", "\\", "new\nline", "ünïcödé", '"', "{}"]
-)
+@pytest.mark.parametrize("text", ["plain", 'quote " inside', "back\\slash", "\\", "new\nline", "ünïcödé", '"', "{}"])
 def test_text_of_like_events_is_kept_exactly(text: str) -> None:
     """The shortcut for events that differ in one string gives what JSON gives."""
     texts = ["first", text, "third", text + text]

@@ -24,9 +24,7 @@ def command(
     trace: Annotated[str | None, Option(help="trace file to replay")] = None,
     trace_format: Annotated[str | None, Option(help="azure, mooncake, weka, burstgpt")] = None,
     burst: Annotated[str | None, Option(help="N at once; 100,1000 for levels")] = None,
-    concurrency: Annotated[
-        str | None, Option(help="N streams, each goes on when it ends; with a rate: a cap")
-    ] = None,
+    concurrency: Annotated[str | None, Option(help="N streams, each goes on when it ends; with a rate: a cap")] = None,
     request_rate: Annotated[str | None, Option(help="arrivals per second")] = None,
     burstiness: Annotated[float, Option(help="CV of the gaps; 1 is Poisson")] = 1.0,
     requests: Annotated[int | None, Option(help="how many requests, or sessions")] = None,

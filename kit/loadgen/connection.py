@@ -30,8 +30,7 @@ STAMP = struct.Struct("qq")
 # A chunked 200 without trailers ends like this after the last event; other answers are parsed
 # read by read to find their end.
 CHUNKED = re.compile(
-    rb"HTTP/1\.1 200 [^\r]*\r\n(?:(?!trailer:)[^\r\n]+\r\n)*?transfer-encoding: *chunked\r\n",
-    re.IGNORECASE,
+    rb"HTTP/1\.1 200 [^\r]*\r\n(?:(?!trailer:)[^\r\n]+\r\n)*?transfer-encoding: *chunked\r\n", re.IGNORECASE
 )
 LAST_CHUNK = b"0\r\n\r\n"
 STREAM_END = b"\n\r\n0\r\n\r\n"
@@ -233,10 +232,7 @@ class Connector:
 
     async def _wrap(self, connection: Connection, context: ssl.SSLContext) -> None:
         connection.transport, _ = await self.loop.create_connection(
-            lambda: _TlsBytes(connection),
-            sock=connection.sock,
-            ssl=context,
-            server_hostname=self.host,
+            lambda: _TlsBytes(connection), sock=connection.sock, ssl=context, server_hostname=self.host
         )
 
 

@@ -29,9 +29,7 @@ CONNECT_TIMEOUT_S = 10.0
 class Driver:
     """Sends every request of a level at its time and hands each finished one to the recorder."""
 
-    def __init__(
-        self, target: Target, level: Level, prompts: PromptModel, recorder: Recorder
-    ) -> None:
+    def __init__(self, target: Target, level: Level, prompts: PromptModel, recorder: Recorder) -> None:
         self.target, self.level, self.prompts = target, level, prompts
         self.recorder = recorder
         self.loop = asyncio.get_running_loop()

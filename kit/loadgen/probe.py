@@ -41,9 +41,7 @@ def calibrate(target: Target, salt: int) -> tuple[Target, PromptModel, list[str]
     return target, *_fit(plain, counts, target)
 
 
-def _fit(
-    plain: PromptModel, counts: list[int | None], target: Target
-) -> tuple[PromptModel, list[str]]:
+def _fit(plain: PromptModel, counts: list[int | None], target: Target) -> tuple[PromptModel, list[str]]:
     warnings = []
     if not target.engine_fields:
         warnings.append("the server refuses ignore_eos and min_tokens: answers may end early")

@@ -39,9 +39,7 @@ class PromptModel:
         """About `tokens` tokens of text (needs no JSON escaping), the same for the same key."""
         words = max(1, round(tokens / self.tokens_per_word))
         draw = random.Random(f"{self.salt}/{key}")
-        label = b" ".join(
-            _words()[draw.randrange(len(WORDS))] for _ in range(min(LABEL_WORDS, words))
-        )
+        label = b" ".join(_words()[draw.randrange(len(WORDS))] for _ in range(min(LABEL_WORDS, words)))
         return label + _pool_slice(crc32(key.encode()), words - LABEL_WORDS)
 
 
@@ -74,9 +72,7 @@ def _pool_slice(start: int, words: int) -> bytes:
 class Conversation:
     """One session on its way: the transcript so far and the request that the next turn sends."""
 
-    def __init__(
-        self, session: Session, prompts: PromptModel, parent: "Conversation | None" = None
-    ) -> None:
+    def __init__(self, session: Session, prompts: PromptModel, parent: "Conversation | None" = None) -> None:
         self.session, self.prompts, self.parent = session, prompts, parent
         self.turn = self.children_left = 0
         self.over = False

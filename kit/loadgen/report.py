@@ -10,19 +10,14 @@ from kit.units import format_seconds
 LATENCIES = ("ttft_s", "ttft_scheduled_s", "ttft_answer_s", "tpot_s", "itl_s", "e2el_s")
 
 
-def equivalents(
-    target: Target, level: Level, input_len: int, output_len: int, burstiness: float
-) -> dict[str, str]:
+def equivalents(target: Target, level: Level, input_len: int, output_len: int, burstiness: float) -> dict[str, str]:
     """Commands of aiperf, guidellm and vllm bench serve, from data/load_tools.yaml."""
     values: dict[str, Any] = {"n": len(level.sessions), "value": level.value}
     values |= {"input_len": input_len, "output_len": output_len, "shape": burstiness**-2}
     root = target.base_url.rstrip("/").removesuffix("/v1")
     values |= {"root": shlex.quote(root), "model": shlex.quote(target.model)}
     tools = load_yaml(DATA / "load_tools.yaml")
-    return {
-        name: f"{words['base']} {words[level.kind]}".format(**values).strip()
-        for name, words in tools.items()
-    }
+    return {name: f"{words['base']} {words[level.kind]}".format(**values).strip() for name, words in tools.items()}
 
 
 def text(summary: dict[str, Any]) -> str:

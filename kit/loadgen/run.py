@@ -43,11 +43,7 @@ class Options:
 
 
 def measure(
-    target: Target,
-    levels: list[Level],
-    options: Options,
-    out: Path | None = None,
-    config: dict[str, Any] | None = None,
+    target: Target, levels: list[Level], options: Options, out: Path | None = None, config: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Summaries of the levels, in order, each with all keys of `kit load --json`.
 
@@ -195,9 +191,7 @@ class _Worker:
         self.pipe.close()
 
 
-def _follow(
-    crew: list[_Worker], level: Level, watch: ServerWatch, log: Callable[[str], None]
-) -> None:
+def _follow(crew: list[_Worker], level: Level, watch: ServerWatch, log: Callable[[str], None]) -> None:
     """Collect messages until every worker has given its result; poll the server; tell progress."""
     started = polled = told = monotonic()
     busy = {worker.pipe: worker for worker in crew}

@@ -85,13 +85,9 @@ def _sending(level: Level, requests: Requests, own: OwnLag, slo_ttft_s: float | 
         late = meets_slo(requests, slo_ttft_s, None, from_send=True)
         late &= ~meets_slo(requests, slo_ttft_s, None)
         if late.mean() > OWN_MISSES_FRACTION:
-            reasons.append(
-                f"{late.mean():.1%} of requests miss the TTFT limit by late sending only"
-            )
+            reasons.append(f"{late.mean():.1%} of requests miss the TTFT limit by late sending only")
     if own.client_failures > (1 - ACHIEVED_FRACTION) * len(requests.ok):
-        reasons.append(
-            f"{own.client_failures} requests failed in this client (descriptors, workers)"
-        )
+        reasons.append(f"{own.client_failures} requests failed in this client (descriptors, workers)")
     return reasons
 
 

@@ -75,9 +75,7 @@ class StreamParser:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name, value = name.lower(), value.lower()
-        self._framed |= name == b"content-length" or (
-            name == b"transfer-encoding" and b"chunked" in value
-        )
+        self._framed |= name == b"content-length" or (name == b"transfer-encoding" and b"chunked" in value)
         self._is_events |= name == b"content-type" and b"event-stream" in value
 
     def on_headers_complete(self) -> None:

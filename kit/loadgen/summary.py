@@ -30,12 +30,7 @@ Limits = tuple[float | None, float | None]  # TTFT and TPOT, in s; None where no
 
 
 def summarize_level(
-    level: Level,
-    results: list[dict[str, Any]],
-    connects: list[float],
-    lost: int,
-    watch: ServerWatch,
-    limits: Limits,
+    level: Level, results: list[dict[str, Any]], connects: list[float], lost: int, watch: ServerWatch, limits: Limits
 ) -> dict[str, Any]:
     """All keys of `kit load --json` for one level, from what the workers gave back."""
     columns, reasons = _columns(results, lost)
@@ -71,9 +66,7 @@ def summarize_level(
     return summary | {"unsent_turns": unsent, "warnings": _warnings(columns, requests, unsent)}
 
 
-def _columns(
-    results: list[dict[str, Any]], lost: int
-) -> tuple[dict[str, Floats], list[str | None]]:
+def _columns(results: list[dict[str, Any]], lost: int) -> tuple[dict[str, Floats], list[str | None]]:
     """Columns of all workers together, with a row of NaN for each request of a dead worker."""
     parts = [result["columns"] for result in results]
     gone = np.full(lost, np.nan)
@@ -121,9 +114,7 @@ def _lags(own: OwnLag) -> dict[str, Any]:
         return {"p50": float(np.median(values)), "p99": p99(values), "max": float(values.max())}
 
     lags = {"send_lag_s": own.send_lags, "loop_lag_s": own.loop_lags, "read_lag_s": own.read_lags}
-    return {name: spread(values) for name, values in lags.items()} | {
-        "client_cpu_fraction": own.cpu_fractions
-    }
+    return {name: spread(values) for name, values in lags.items()} | {"client_cpu_fraction": own.cpu_fractions}
 
 
 def _latencies(
@@ -140,6 +131,7 @@ def _latencies(
         "tpot_s": summarize(requests.tpot_s()[ok], misses),
         "itl_s": itl,
         "e2el_s": summarize(requests.e2el_s()[ok], misses),
+        "e2el_scheduled_s": summarize((requests.last_token_s - requests.scheduled_s)[ok], misses),
         "connect_s": {"before_the_run": summarize(connects), "within_requests": summarize(cold)},
     }
 
@@ -182,9 +174,7 @@ def _warnings(columns: dict[str, Floats], requests: Requests, unsent_turns: int)
     other = int((columns["output_tokens"][ok] != columns["asked_tokens"][ok]).sum())
     if other:
         mean = columns["output_tokens"][ok].mean()
-        warnings.append(
-            f"{other} of {ok.sum()} answers have another length than asked: mean {mean:.1f}"
-        )
+        warnings.append(f"{other} of {ok.sum()} answers have another length than asked: mean {mean:.1f}")
     prompts, asked = columns["prompt_tokens"][ok], columns["input_len"][ok]
     if math.isnan(prompts[0]):
         warnings.append("no usage from the server: tokens counted as chunks, prompt length unknown")
