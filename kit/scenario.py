@@ -13,14 +13,9 @@ from kit.engine_config import EngineConfig, tensor_parallel_sizes
 from kit.errors import UserError
 from kit.memory import MemoryPlan, plan
 from kit.memory.packing import Packing, pack
-from kit.memory.sessions import (
-    Answer,
-    Demand,
-    answer,
-    context_by_turn,
-)
+from kit.memory.sessions import Answer, Demand, answer, context_by_turn
 from kit.memory.shape import Term
-from kit.units import GIB
+from kit.units import gib
 
 COUNTS = (1, 2, 4, 8)  # GPUs of one replica that are tried, one node at most
 
@@ -65,6 +60,8 @@ class Scenario(Strict):
     conversations_per_day: PositiveInt | None = None
     workload: str = ""
     assumed: tuple[str, ...] = ()
+    prices: dict[str, dict[str, Any]] | str = {}
+    fleet: dict[str, Any] = {}
     notes: str = ""
 
     @property
@@ -75,12 +72,7 @@ class Scenario(Strict):
 
     def demand(self, headroom_fraction: float = 0.0) -> Demand:
         """The sessions to hold at their longest context."""
-        return Demand(
-            context_tokens=self.context_tokens,
-            sessions=self.sessions,
-            paused_sessions=self.paused_sessions,
-            headroom_fraction=headroom_fraction,
-        )
+        return Demand(self.context_tokens, self.sessions, self.paused_sessions, headroom_fraction)
 
     def config(self, spec: ModelSpec, **flags: Any) -> EngineConfig:
         """The engine's flags for it: requests no longer than its longest context."""
@@ -102,8 +94,7 @@ def load(name: str | Path) -> Scenario:
         return Scenario(**{"key": path.stem, **record})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"scenario {path}: {where}: {first['msg'].lower()}") from None
+        raise UserError(f"scenario {path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +109,8 @@ class Held:
 def hold(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> Held:
     """Memory, answer and interval of one replica on config.gpu_count GPUs."""
     memory = plan(spec, gpu, parallel(spec, config))
-    low, high = (
-        answer(replace(memory, pool=Term(size, 0.0)), demand).max_concurrent_sessions
-        for size in memory.kv_cache_bytes_interval
-    )
+    poor_and_rich = (replace(memory, pool=Term(size, 0.0)) for size in memory.kv_cache_bytes_interval)
+    low, high = (answer(one, demand).max_concurrent_sessions for one in poor_and_rich)
     return Held(memory, answer(memory, demand), (low, high))
 
 
@@ -133,31 +122,22 @@ def parallel(spec: ModelSpec, config: EngineConfig) -> EngineConfig:
     """
     if config.tensor_parallel_size or config.pipeline_parallel_size > 1:
         return config
-    sizes = tensor_parallel_sizes(spec, config.gpu_count)
-    tensor = max(size for size in sizes if config.gpu_count % size == 0)
-    stages = config.gpu_count // tensor
-    return replace(config, tensor_parallel_size=tensor, pipeline_parallel_size=stages)
+    tensor = max(size for size in tensor_parallel_sizes(spec, config.gpu_count) if config.gpu_count % size == 0)
+    return replace(config, tensor_parallel_size=tensor, pipeline_parallel_size=config.gpu_count // tensor)
 
 
 def smallest_count(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> Held | None:
     """The fewest GPUs of that kind that hold the demand, None where eight do not."""
-    for count in COUNTS:
-        held = hold(spec, gpu, replace(config, gpu_count=count), demand)
-        if held.answer.fits:
-            return held
-    return None
+    tried = (hold(spec, gpu, replace(config, gpu_count=count), demand) for count in COUNTS)
+    return next((held for held in tried if held.answer.fits), None)
 
 
 def pack_roles(scenario: Scenario, gpu: GpuSpec, config: EngineConfig) -> list[Packing]:
     """Every role's own engine, dealt over the scenario's GPUs; one packing per GPU."""
-    engines = [
-        (
-            find_model(role.model),
-            replace(config, gpu_count=1, max_model_len=role.context_tokens),
-            Demand(context_tokens=role.context_tokens, sessions=role.sessions),
-        )
-        for role in scenario.models
-    ]
+    engines = []
+    for role in scenario.models:
+        own = replace(config, gpu_count=1, max_model_len=role.context_tokens)
+        engines.append((find_model(role.model), own, Demand(role.context_tokens, role.sessions)))
     count = min(config.gpu_count, len(engines))
     return [pack(gpu, engines[first::count]) for first in range(count)]
 
@@ -173,40 +153,27 @@ def row(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, dem
     if not case.models or spec.key != find_model(case.model).key:
         return hold_row(spec, gpu, config, demand)
     packed = pack_row(case, gpu, config)
-    limit = f"{packed['GiB left']:+.1f} GiB left"
-    kept = {name: packed[name] for name in ("gpu", "count", "fits", "sessions", "provenance")}
-    return kept | {"limited_by": limit, "provenance": "modelled"}
+    return {name: packed[name] for name in HEADINGS if name in packed}
 
 
 def hold_row(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, demand: Demand) -> dict[str, Any]:
     """Does that GPU hold the demand, how many sessions, what limits them: a line of a table, see HEADINGS."""
     one = hold(spec, gpu, config, demand)
-    resolved = one.memory.config
-    sizes = {"TP": resolved.tensor_parallel_size, "PP": resolved.pipeline_parallel_size}
-    return {
-        "gpu": gpu.key,
-        "count": resolved.gpu_count,
-        "split": " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "-",
-        "fits": one.answer.fits,
-        "sessions": one.answer.max_concurrent_sessions,
-        "interval": "{} to {}".format(*one.sessions_interval),
-        "limited_by": one.answer.limited_by,
-        "kv_pool_gib": one.memory.pool.size_bytes * resolved.gpu_count / GIB,
-        "provenance": "modelled",
-    }
+    flags, found = one.memory.config, one.answer
+    sizes = {"TP": flags.tensor_parallel_size, "PP": flags.pipeline_parallel_size}
+    split = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "-"
+    where = {"gpu": gpu.key, "count": flags.gpu_count, "split": split, "fits": found.fits}
+    held = {"sessions": found.max_concurrent_sessions, "interval": "{} to {}".format(*one.sessions_interval)}
+    pool_gib = gib(one.memory.pool.size_bytes) * flags.gpu_count
+    return where | held | {"limited_by": found.limited_by, "kv_pool_gib": pool_gib, "provenance": "modelled"}
 
 
 def pack_row(case: Scenario, gpu: GpuSpec, config: EngineConfig) -> dict[str, Any]:
     """Whether the scenario's separate engines fit, with the share of each: a line of a table."""
     packings = pack_roles(case, gpu, config)
-    fits = all(packing.fits for packing in packings)
     shares = [share for packing in packings for share in packing.shares]
-    return {
-        "gpu": gpu.key,
-        "count": config.gpu_count,
-        "shares": " + ".join(f"{share.gpu_memory_utilization:.3f}" for share in shares),
-        "GiB left": min(packing.leftover_bytes for packing in packings) / GIB,
-        "fits": fits,
-        "sessions": sum(share.sessions for share in shares) if fits else 0,
-        "provenance": "modelled",
-    }
+    fits, left_gib = all(one.fits for one in packings), gib(min(one.leftover_bytes for one in packings))
+    told = " + ".join(f"{share.gpu_memory_utilization:.3f}" for share in shares)
+    where = {"gpu": gpu.key, "count": config.gpu_count, "shares": told, "GiB left": left_gib, "fits": fits}
+    held = {"sessions": sum(share.sessions for share in shares) if fits else 0}
+    return where | held | {"limited_by": f"{left_gib:+.1f} GiB left", "provenance": "modelled"}
