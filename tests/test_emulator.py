@@ -539,6 +539,21 @@ def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, m
     assert ttft_s == pytest.approx(np.median(turns[:, 7] - turns[:, 5]), rel=0.03)
 
 
+def test_a_hidden_machine_stalls_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = []
+    for hidden in (None, replace(truth(0), stall_every_s=0.05, stall_s=10.0)):
+        loop = VirtualLoop()
+        monkeypatch.setattr(clock, "monotonic", loop.monotonic)
+        real = clock.Clock(LIMITS, Line(), Page(resolved(), "tiny"), loop, hidden, 1)  # type: ignore[arg-type]
+        talk = Talk(Session(1, 0.0, [Turn(40, 100)]), real, PrefixTree(16), loop)
+        talk.send()
+        loop.run()
+        spans.append(talk.requests[0].times[2] - 1000)
+    stalls = (spans[1] - spans[0]) / 10.0
+    assert round(stalls) >= 1
+    assert stalls == pytest.approx(round(stalls), abs=0.01)
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
