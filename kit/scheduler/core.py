@@ -8,6 +8,7 @@ such steps are one jump. All counters are integers, so a jump equals its steps e
 
 from collections import deque
 from heapq import heappop, heappush
+from itertools import count
 
 from kit.scheduler.pool import BlockPool
 from kit.scheduler.request import Batch, Request, SchedulerConfig
@@ -34,33 +35,26 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}  # in order of admission
         self.partial: Request | None = None  # the one whose prompt is not finished
-        self.decodes = 0
-        self.context = 0  # KV tokens of the decode rows
-        self.clock = 0  # decode steps so far
+        self.clock = self.decodes = self.context = 0  # decode steps so far; decode rows and their KV tokens
         self.peak_used = 0  # most blocks ever held by running requests
-        self.preemptions = self.query_tokens = self.hit_tokens = 0
-        self.waiting_tokens = 0
+        self.preemptions = self.query_tokens = self.hit_tokens = self.waiting_tokens = 0
         self._grown = 0  # decode step up to which blocks are taken
         self._phase = [0] * config.block_size  # rows by when they next need a block
-        self._due: list[tuple[int, int, Request]] = []
-        self._order = 0
+        self._due: list[tuple[int, int]] = []  # last decode step of a row, and its order
+        self._order = count(1)
         self._blocked = False  # the head of the queue did not fit and nothing was released since
-        self._output_left = 0  # tokens that the running requests will still generate
 
     def add(self, request: Request) -> str | None:
         """Queue a request; a text says why it is refused instead."""
-        config = self.config
-        total = request.input_len + request.output_len
+        config, total = self.config, request.input_len + request.output_len
+        tokens = self.waiting_tokens + request.input_len
         if total > config.max_model_len:
             return f"{total} tokens exceed max_model_len {config.max_model_len}"
         if -(-total // config.block_size) > config.kv_blocks:
             return f"{total} tokens exceed the KV cache of {config.kv_blocks} blocks"
-        queued = config.max_num_queued_reqs
-        if queued is not None and len(self.waiting) >= queued:
-            return f"queue is full (max_num_queued_reqs {queued})"
-        queued = config.max_num_queued_tokens
-        if queued is not None and self.waiting_tokens + request.input_len > queued:
-            return f"queue is full (max_num_queued_tokens {queued})"
+        for name, queued in (("max_num_queued_reqs", len(self.waiting) + 1), ("max_num_queued_tokens", tokens)):
+            if (limit := getattr(config, name)) is not None and queued > limit:
+                return f"queue is full ({name} {limit})"
         if not config.enable_prefix_caching:
             request.path = ()
         self.waiting.append(request)
@@ -70,11 +64,11 @@ class Scheduler:
     def plan(self) -> Batch | None:
         """What the next step runs, with its blocks taken; None when there is nothing to run."""
         batch = Batch()
-        budget = self.config.max_num_batched_tokens
         if self.config.mixed_steps:
             self._plan_decodes(batch)
-            budget -= batch.decodes
-        self._plan_prefill(batch, budget)
+        budget = self.config.max_num_batched_tokens - batch.decodes
+        while budget > 0 and not batch.preempted and (request := self.partial or self._admit(batch)):
+            budget -= self._plan_chunk(batch, request, budget)
         if not self.config.mixed_steps and not batch.chunks:
             self._plan_decodes(batch)
         if batch.chunks or batch.decodes:
@@ -86,16 +80,21 @@ class Scheduler:
         """Steps that the planned batch repeats unchanged: to the next finish or lack of blocks."""
         if batch.chunks:
             return 1
-        due = self._due
-        while due[0][2].order != due[0][1] or not due[0][2].decoding:
-            heappop(due)
-        return min(due[0][0] - self.clock, 1 + self._affordable_steps())
+        while self._due[0][1] not in self.running:
+            heappop(self._due)
+        cycles, left = divmod(self.pool.available, self.decodes)
+        steps = cycles * self.config.block_size
+        while (need := self._need(self._grown + steps)) <= left:
+            left -= need
+            steps += 1
+        return min(self._due[0][0] - self.clock, 1 + steps)
 
     def grow(self, steps: int) -> None:
         """Take the blocks that decode rows need up to `steps` from now (the first is taken)."""
         missing = self.clock + steps - self._grown
         if missing > 0:
-            self.pool.take(self._growth(missing))
+            cycles, rest = divmod(missing, self.config.block_size)
+            self.pool.take(cycles * self.decodes + sum(self._need(self._grown + step) for step in range(rest)))
             self._grown += missing
             self.peak_used = max(self.peak_used, self.pool.used)
 
@@ -106,12 +105,9 @@ class Scheduler:
             self.grow(steps)
             self.clock += steps
             self.context += steps * self.decodes
-            self._output_left -= steps * self.decodes
-            due = self._due
-            while due and due[0][0] <= self.clock:
-                _, order, request = heappop(due)
-                if request.order == order and request.decoding:
-                    finished.append(request)
+            while self._due and self._due[0][0] <= self.clock:
+                if (due := self.running.get(heappop(self._due)[1])) is not None:
+                    finished.append(due)
         first = [request for request, tokens, _ in batch.chunks if self._advance(request, tokens)]
         finished += [request for request in first if request.generated == request.output_len]
         for request in finished:
@@ -129,7 +125,7 @@ class Scheduler:
 
     def output_tokens(self, request: Request) -> int:
         """Tokens generated so far."""
-        return request.generated + (self.clock - request.clock0 if request.decoding else 0)
+        return self.clock + request.offset - request.input_len + 1 if request.decoding else request.generated
 
     def decoding(self) -> list[Request]:
         """Requests that get a token from a decode step, in order of admission."""
@@ -140,57 +136,29 @@ class Scheduler:
         """Fraction of the KV blocks that running requests hold, cached ones aside."""
         return self.pool.used / self.pool.total
 
-    def _growth(self, steps: int) -> int:
-        """Blocks that decode rows need for `steps` more steps after `_grown`."""
-        size = self.config.block_size
-        blocks = steps // size * self.decodes
-        for step in range(self._grown, self._grown + steps % size):
-            blocks += self._phase[-step % size]
-        return blocks
-
-    def _affordable_steps(self) -> int:
-        """Steps after `_grown` for which blocks last."""
-        size, available = self.config.block_size, self.pool.available
-        cycles = available // self.decodes
-        left, steps = available - cycles * self.decodes, cycles * size
-        while (need := self._phase[-(self._grown + steps) % size]) <= left:
-            left -= need
-            steps += 1
-        return steps
+    def _need(self, step: int) -> int:
+        """Blocks that decode rows need for one step: those of rows whose last block is full by then."""
+        return self._phase[-step % self.config.block_size]
 
     def _plan_decodes(self, batch: Batch) -> None:
-        size = self.config.block_size
-        while self.decodes and self._phase[-self.clock % size] > self.pool.available:
+        while self.decodes and self._need(self.clock) > self.pool.available:
             self._preempt(batch)
         if self.decodes:
-            self.pool.take(self._phase[-self.clock % size])
+            self.pool.take(self._need(self.clock))
             self._grown = self.clock + 1
-            batch.decodes = self.decodes
-            batch.context = self.context + self.decodes
+            batch.decodes, batch.context = self.decodes, self.context + self.decodes
 
-    def _plan_prefill(self, batch: Batch, budget: int) -> None:
-        if self.partial is not None and budget > 0 and not batch.preempted:
-            budget -= self._plan_chunk(batch, self.partial, budget)
-        while (
-            self.waiting
-            and budget > 0
-            and not batch.preempted
-            and self.partial is None
-            and not self._blocked
-            and len(self.running) < self.config.max_num_seqs
-            and self._admit(batch)
-        ):
-            budget -= self._plan_chunk(batch, batch.admitted[-1], budget)
-
-    def _admit(self, batch: Batch) -> bool:
+    def _admit(self, batch: Batch) -> Request | None:
         """Move the head of the queue to running if its whole prompt (and reserve) fits."""
+        if not self.waiting or self._blocked or len(self.running) >= self.config.max_num_seqs:
+            return None
         request, pool, size = self.waiting[0], self.pool, self.config.block_size
         matched = min(pool.match(request.path), request.target // size)
         need = -(-request.target // size) - matched + self._reserve(request)
         if need > pool.available - pool.pin_cost(request.path):
             if self.running:
                 self._blocked = True
-                return False
+                return None
             pool.drop(request.path)  # alone and still too big: more of its path is cached than used
             matched = 0
         self.waiting.popleft()
@@ -203,25 +171,23 @@ class Scheduler:
             request.hit_tokens = request.computed
             self.query_tokens += request.target
             self.hit_tokens += request.computed
-        self._order += 1
-        request.order = self._order
+        request.order = next(self._order)
         self.running[request.order] = self.partial = request
-        self._output_left += request.output_len - request.generated
         batch.admitted.append(request)
-        return True
+        return request
 
     def _reserve(self, request: Request) -> int:
+        """Blocks that admission keeps free for output: the newcomer's own and that of running requests."""
         config = self.config
         if not config.reserve_own_output_fraction:
             return 0
+        left = sum(one.output_len - self.output_tokens(one) for one in self.running.values())
         own = config.reserve_own_output_fraction * (request.output_len - request.generated)
-        others = config.reserve_running_output_fraction * self._output_left
-        return int((own + others) // config.block_size)
+        return int((own + config.reserve_running_output_fraction * left) // config.block_size)
 
     def _plan_chunk(self, batch: Batch, request: Request, budget: int) -> int:
         size, before = self.config.block_size, request.computed
-        tokens = min(budget, request.target - before)
-        after = before + tokens
+        after = min(before + budget, request.target)
         more = -(-after // size) - request.blocks
         if more > self.pool.available:
             self._preempt(batch)
@@ -230,10 +196,10 @@ class Scheduler:
             self.pool.take(more)
             request.blocks += more
         request.shared += self.pool.share(request.path, after // size)
-        batch.chunks.append((request, tokens, before))
+        batch.chunks.append((request, after - before, before))
         if after == request.target:
             self.partial = None
-        return tokens
+        return after - before
 
     def _advance(self, request: Request, tokens: int) -> bool:
         """Count a computed chunk; True when the prompt is complete and a token comes out."""
@@ -243,17 +209,16 @@ class Scheduler:
         if request.computed < request.target:
             return False
         request.generated += 1
-        self._output_left -= 1
-        request.decoding = True
-        request.clock0 = self.clock
-        request.slots0 = request.target
-        request.finish_clock = self.clock + request.output_len - request.generated
-        self.decodes += 1
-        self.context += request.slots0
-        self._phase[(request.slots0 - self.clock) % self.config.block_size] += 1
+        request.decoding, request.offset = True, request.target - self.clock
+        self._count_row(request, 1)
         if request.generated < request.output_len:
-            heappush(self._due, (request.finish_clock, request.order, request))
+            heappush(self._due, (self.clock + request.output_len - request.generated, request.order))
         return True
+
+    def _count_row(self, request: Request, rows: int) -> None:
+        self.decodes += rows
+        self.context += rows * (self.clock + request.offset)
+        self._phase[request.offset % self.config.block_size] += rows
 
     def _preempt(self, batch: Batch) -> None:
         """Send the last admitted request back to the head of the queue, to be recomputed."""
@@ -271,22 +236,15 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Leave running: full blocks stay cached under the path, the rest is freed."""
         size, pool = self.config.block_size, self.pool
-        computed, blocks = request.computed, request.blocks
         if request.decoding:
-            steps = self.clock - request.clock0
-            grown = max(self._grown, self.clock)
-            computed = request.slots0 + steps
-            blocks += -(-(request.slots0 + grown - request.clock0) // size) - blocks
-            self.decodes -= 1
-            self.context -= computed
-            self._phase[(request.slots0 - request.clock0) % size] -= 1
-            request.generated += steps
+            self._count_row(request, -1)
+            request.computed, request.generated = self.clock + request.offset, self.output_tokens(request)
+            request.blocks = -(-(request.offset + max(self._grown, self.clock)) // size)
             request.decoding = False
         elif self.partial is request:
             self.partial = None
-        self._output_left -= request.output_len - request.generated
-        request.shared += pool.share(request.path, computed // size)
-        pool.give(blocks - request.shared)
+        request.shared += pool.share(request.path, request.computed // size)
+        pool.free += request.blocks - request.shared
         pool.unpin(request.path)
         del self.running[request.order]
         self._blocked = False

@@ -6,32 +6,21 @@ from kit.engine_config import ResolvedConfig
 from kit.errors import UserError
 from kit.scheduler.request import SchedulerConfig
 
+LIMITS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 # SGLang keeps its own output and a part of the running ones' free when it admits: its
 # new_token_ratio starts at 0.7 and decays to 0.098; the decayed value stands for all times here.
 # TensorRT-LLM (GUARANTEED_NO_EVICT), TGI and Ollama reserve prompt and output whole.
+WHOLE = {"reserve_own_output_fraction": 1.0, "reserve_running_output_fraction": 1.0}
 POLICIES: dict[str, dict[str, Any]] = {
     "vllm": {},
-    "sglang": {
-        "mixed_steps": False,
-        "reserve_own_output_fraction": 1.0,
-        "reserve_running_output_fraction": 0.098,
-    },
-    "tensorrt-llm": {"reserve_own_output_fraction": 1.0, "reserve_running_output_fraction": 1.0},
-    "tgi": {"reserve_own_output_fraction": 1.0, "reserve_running_output_fraction": 1.0},
-    "ollama": {"reserve_own_output_fraction": 1.0, "reserve_running_output_fraction": 1.0},
+    "sglang": {"mixed_steps": False, "reserve_own_output_fraction": 1.0, "reserve_running_output_fraction": 0.098},
+    **dict.fromkeys(("tensorrt-llm", "tgi", "ollama"), WHOLE),
 }
 
 
-def scheduler_config(config: ResolvedConfig, kv_cache_tokens: int, **limits: Any) -> SchedulerConfig:
+def scheduler_config(config: ResolvedConfig, kv_cache_tokens: int) -> SchedulerConfig:
     """Limits and policy of a replica whose KV cache holds `kv_cache_tokens`."""
     if kv_cache_tokens < config.block_size:
         raise UserError("the model leaves no room for a KV cache on this GPU (see kit size)")
-    return SchedulerConfig(
-        kv_blocks=kv_cache_tokens // config.block_size,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=config.max_model_len,
-        **POLICIES[config.engine],
-        **limits,
-    )
+    limits = {name: getattr(config, name) for name in LIMITS}
+    return SchedulerConfig(kv_cache_tokens // config.block_size, **limits, **POLICIES[config.engine])

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 Path = tuple[tuple[int, int], ...]
 OPEN_END = 1 << 60  # the end of an extent that grows with its session
+NOTHING = [0, 0]  # an extent without cached blocks or pins
 
 
 class BlockPool:
@@ -19,18 +20,18 @@ class BlockPool:
     >>> pool = BlockPool(10)
     >>> pool.pin(path := ((7, 4),)); pool.take(5); pool.share(path, 4)
     4
-    >>> pool.unpin(path); pool.give(1)
+    >>> pool.unpin(path); pool.free += 1
     >>> pool.match(path), pool.free, pool.evictable
     (4, 6, 4)
     >>> pool.take(8); pool.match(path)
     2
     """
 
-    __slots__ = ("_extents", "_lru", "cached", "evictable", "free", "total")
+    __slots__ = ("_extents", "_lru", "evictable", "free", "total")
 
     def __init__(self, total_blocks: int) -> None:
         self.total = self.free = total_blocks
-        self.cached = self.evictable = 0
+        self.evictable = 0  # cached blocks that no running request uses
         self._extents: dict[int, list[int]] = {}  # extent -> [cached blocks, pins]
         self._lru: OrderedDict[int, None] = OrderedDict()
 
@@ -47,13 +48,10 @@ class BlockPool:
     def match(self, path: Path) -> int:
         """Leading blocks of the path that are cached."""
         start = 0
-        extents = self._extents
         for key, end in path:
-            extent = extents.get(key)
-            if extent is None:
-                return start
-            if extent[0] < end - start:
-                return start + extent[0]
+            cached, _ = self._extents.get(key, NOTHING)
+            if cached < end - start:
+                return start + cached
             start = end
         return start
 
@@ -64,11 +62,8 @@ class BlockPool:
     def pin(self, path: Path) -> None:
         """Protect the path's extents from eviction until `unpin`."""
         for key, _ in path:
-            extent = self._extents.get(key)
-            if extent is None:
-                self._extents[key] = [0, 1]
-                continue
-            if extent[1] == 0:
+            extent = self._extents.setdefault(key, [0, 0])
+            if key in self._lru:
                 del self._lru[key]
                 self.evictable -= extent[0]
             extent[1] += 1
@@ -78,12 +73,11 @@ class BlockPool:
         for key, _ in reversed(path):
             extent = self._extents[key]
             extent[1] -= 1
-            if extent[1] == 0:
-                if extent[0]:
-                    self._lru[key] = None
-                    self.evictable += extent[0]
-                else:
-                    del self._extents[key]
+            if extent == NOTHING:
+                del self._extents[key]
+            elif extent[1] == 0:
+                self._lru[key] = None
+                self.evictable += extent[0]
 
     def share(self, path: Path, upto: int) -> int:
         """Blocks that turn from private to cached once the first `upto` of a pinned path exist."""
@@ -92,23 +86,17 @@ class BlockPool:
             if upto <= start:
                 break
             extent = self._extents[key]
-            more = min(upto, end) - start - extent[0]
-            if more > 0:
-                extent[0] += more
-                moved += more
+            more = max(0, min(upto, end) - start - extent[0])
+            extent[0] += more
+            moved += more
             start = end
-        self.cached += moved
         return moved
 
     def take(self, blocks: int) -> None:
         """Make `blocks` private (the caller has checked `available`), evicting what is needed."""
         self.free -= blocks
-        if self.free < 0:
-            self._evict(-self.free)
-
-    def give(self, blocks: int) -> None:
-        """Return private blocks."""
-        self.free += blocks
+        while self.free < 0:
+            self._remove(next(iter(self._lru)), -self.free)
 
     def store(self, path: Path) -> int:
         """Cache the whole path as if it had been computed; returns the blocks already there."""
@@ -126,21 +114,14 @@ class BlockPool:
             if key in self._lru:
                 self._remove(key, self._extents[key][0])
 
-    def _evict(self, blocks: int) -> None:
-        while blocks > 0:
-            key = next(iter(self._lru))
-            blocks -= self._remove(key, blocks)
-
-    def _remove(self, key: int, blocks: int) -> int:
+    def _remove(self, key: int, blocks: int) -> None:
         extent = self._extents[key]
         removed = min(blocks, extent[0])
         extent[0] -= removed
-        self.cached -= removed
         self.evictable -= removed
         self.free += removed
         if extent[0] == 0:
             del self._lru[key], self._extents[key]
-        return removed
 
 
 def lru_hit_fraction(paths: Iterable[Path], capacity_blocks: int) -> float:

@@ -27,9 +27,8 @@ class Request:
     """One call: what the caller fills in, and the scheduler's state of it."""
 
     __slots__ = (
-        "blocks", "clock0", "computed", "decoding", "finish_clock", "generated", "hit_tokens",
-        "input_len", "key", "order", "output_len", "owner", "path", "preemptions", "shared",
-        "slots0", "target", "times",
+        "blocks", "computed", "decoding", "generated", "hit_tokens", "input_len", "key", "offset", "order",
+        "output_len", "owner", "path", "preemptions", "shared", "target", "times",
     )  # fmt: skip
 
     def __init__(self, key: int, input_len: int, output_len: int, path: Path = (), owner: Any = None) -> None:
@@ -37,8 +36,8 @@ class Request:
         self.path, self.owner = path, owner
         self.target = input_len  # tokens to prefill: more after a preemption
         self.generated = self.preemptions = self.computed = self.blocks = self.shared = 0
-        self.order = self.finish_clock = self.clock0 = self.slots0 = 0
-        self.decoding = False
+        self.order = 0  # of admission
+        self.decoding, self.offset = False, 0  # a decode row holds `offset` plus the decode clock KV tokens
         self.hit_tokens = -1  # prompt tokens found in the prefix cache, -1 before admission
         self.times: list[int] = []  # the caller's own
 
