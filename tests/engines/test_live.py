@@ -4,6 +4,7 @@ On a CPU they show behaviour, never speed; SGLang's CPU install is unsupported, 
 torch-native fallbacks and stand-ins for its kernel wheel (tests/engines/sglang_cpu).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -114,16 +115,16 @@ def test_single_stream_counts_and_streams(engine: Engine, tmp_path: Path):
 
 
 def test_a_burst_never_runs_more_than_max_num_seqs(engine: Engine, tmp_path: Path):
-    lengths = ["--input-tokens", "100", "--output-tokens", "150"]
+    lengths = ["--input-tokens", "100", "--output-tokens", "300"]
     seen, waiting, over = [], [], threading.Event()
 
     def watch() -> None:
-        while not over.is_set():
-            page = engine.metrics()
-            assert page
-            seen.append(page.running)
-            waiting.append(page.waiting)
-            time.sleep(0.05)
+        while not over.wait(0.05):
+            with contextlib.suppress(OSError):  # its page may be late while it takes 60 requests at once
+                page = engine.metrics()
+                assert page
+                seen.append(page.running)
+                waiting.append(page.waiting)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -134,7 +135,7 @@ def test_a_burst_never_runs_more_than_max_num_seqs(engine: Engine, tmp_path: Pat
         watcher.join()
     assert (result["sent"], result["completed"], result["failed"]) == (60, 60, 0)
     assert result["peak_in_flight"] == 60
-    assert result["output_tokens"] == 60 * 150
+    assert result["output_tokens"] == 60 * 300
     assert max(seen) == MAX_NUM_SEQS
     assert max(waiting) > MAX_NUM_SEQS  # 60 at once, 16 of them in the batch
     told = result["server"]
