@@ -1,0 +1,260 @@
+"""Policies side by side: sized from the load, run by the minute and by the turn, priced from the book."""
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from math import ceil
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from kit import prices, scenario
+from kit.catalog import gpu as find_gpu
+from kit.catalog import model as find_model
+from kit.catalog.paths import DATA, load_yaml
+from kit.errors import UserError, unknown
+from kit.fleet.capacity import Kind, completed, measure
+from kit.fleet.control import TICK_S, Fleet, Group
+from kit.fleet.day import FleetDay
+from kit.fleet.month import run_minutes
+from kit.fleet.traffic import DAY_S, Tier, Traffic
+from kit.memory.startup import start_up
+from kit.metrics import PASSING_ATTAINMENT
+from kit.simulator import replica
+from kit.steptime import fitted
+
+MONTH_DAYS = 30  # 720 hours
+PEAK_MINUTES = 5  # the peak is that of five minutes
+Parts = list[tuple[list[Group], Tier]]
+
+
+class Study:
+    """One scenario's load, replicas and prices; `row` runs a policy over the days."""
+
+    def __init__(self, case: scenario.Scenario, days: float = 30, seed: int = 0, today: dt.date | None = None) -> None:
+        data = load_yaml(DATA / "fleet.yaml")
+        self.policies, self.interruptions, given = (
+            data["policies"],
+            data["interruptions"],
+            data["defaults"] | case.fleet,
+        )
+        for name, value in (case.fleet | {"days": days}).items():
+            if name not in data["defaults"] | {"days": 0}:
+                raise unknown("field of fleet", name, data["defaults"], shown=30)
+            if isinstance(value, int | float) and (value < 0 or (name == "days" and not value > 0)):
+                raise UserError(f"{name} must be above 0, got {value:g}")
+        if given["interruption_model"] not in self.interruptions:
+            raise unknown("interruption_model", given["interruption_model"], self.interruptions)
+        self.case, self.days, self.seed, self.today = case, days, seed, today or dt.date.today()
+        self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
+        self.traffic = Traffic(case, self.settings, days, seed)
+        self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
+        smooth = np.convolve(self.turns_per_s, np.ones(PEAK_MINUTES) / PEAK_MINUTES, "same")
+        self.peak_per_s, self.kinds = float(smooth.max()), dict[tuple[str, str], Kind]()
+        self.gpu = self.settings.gpu or self._cheapest_gpu()
+
+    def kind(self, gpu_key: str, model_key: str) -> Kind:
+        """A replica of the model on that GPU, its capacity simulated once; refused where the model leaves no room."""
+        if (key := (gpu_key, model_key)) not in self.kinds:
+            gpu, model = find_gpu(gpu_key), find_model(model_key)
+            count = self.case.gpu_count if model_key == self.case.model else 1
+            config = scenario.parallel(model, self.case.config(model, gpu_count=count))
+            held = scenario.hold(model, gpu, config, self.case.demand())
+            if (room := held.answer.max_concurrent_sessions) < self.settings.min_sessions:
+                asked = f"{self.settings.min_sessions} sessions of {self.case.context_tokens:,} tokens"
+                raise UserError(f"{gpu_key} leaves {model_key} room for {room}, fewer than {asked} (see kit size)")
+            limits, steps, _ = replica(model, gpu, config)
+            limits = replace(limits, enable_prefix_caching=self.settings.prefix_caching)
+            lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
+            factor = fitted(model, gpu, held.memory.config).tpot_factor
+            slow, mid, fast = (
+                Kind(
+                    gpu,
+                    count,
+                    limits,
+                    steps,
+                    lead_s,
+                    **measure(limits, steps, self.traffic.workload, self.case.slo, by),
+                )
+                for by in (factor, 1.0, 1 / factor)
+            )
+            self.kinds[key] = replace(mid, target_interval=(slow.target_per_s, fast.target_per_s))
+        return self.kinds[key]
+
+    def price(self, gpu: str, market: str) -> prices.GpuPrice:
+        """The row of the book, or the user's, for that GPU and market."""
+        if row := prices.find(gpu, market, self.book, self.settings.provider):
+            return row
+        raise UserError(f"no {market} price of {gpu} at {self.settings.provider or 'any provider'}: give one in prices")
+
+    def _cheapest_gpu(self) -> str:
+        """Of the scenario's GPUs the one whose replicas for the peak cost least on demand, the SLO first."""
+        costs, reasons = {}, []
+        for gpu in self.case.gpus:
+            try:
+                usd, kind = (
+                    self.price(gpu, "on_demand").usd_per_hour("on_demand") or 0.0,
+                    self.kind(gpu, self.case.model),
+                )
+                costs[gpu] = kind.target_per_s == 0, usd * ceil(self.peak_per_s / kind.rated_per_s)
+            except UserError as error:
+                reasons.append(str(error))
+        if not costs:
+            raise UserError(f"no GPU can be used: {'; '.join(reasons) or 'the scenario names none in gpus'}")
+        return min(costs, key=lambda gpu: costs[gpu])
+
+    def groups(self, policy: str, main: Kind, share: float = 1.0) -> list[Group]:
+        """The machines of a policy for a share of the load: for its peak, its mean, or what repays a reservation."""
+        made: list[Group] = []
+        for one in self.policies[policy]["groups"]:
+            kind = self.kind(self.settings.burst_gpu or self.gpu, self.case.model) if one.get("burst") else main
+            price, rated = self.price(kind.gpu.key, one["market"]), kind.rated_per_s
+            fixed = sum(group.floor * group.kind.rated_per_s for group in made)
+            counts = {
+                "peak": share * self.peak_per_s / rated,
+                "mean": share * self.turns_per_s.mean() / rated,
+                "missing": (share * self.peak_per_s - fixed) / rated,
+            }
+            most = {name: max(1, ceil(count)) for name, count in counts.items()}
+            if one.get("size") == "baseline":
+                repaid = price.usd_per_hour("reserved") / self.price(kind.gpu.key, "on_demand").usd_per_hour(
+                    "on_demand"
+                )
+                busy = [(self.turns_per_s > number * rated).mean() for number in range(most["peak"])]
+                most["baseline"] = max(1, sum(fraction >= repaid for fraction in busy))
+            floor, ceiling = most[one["size"]] if "size" in one else 0, most["missing"] if one.get("scaled") else 0
+            made.append(Group(kind, one["market"], price, floor, ceiling, "fallback" in one))
+        return made
+
+    def run(self, parts: Parts, model: str, first_s: float, last_s: float, *, whole: bool) -> dict[str, Any]:
+        """Figures of a window, every turn simulated (whole) or by the minute, under one model of interruptions."""
+        total, bill = Counter[str](), list[dict[str, Any]]()
+        self.settings.interruption = self.interruptions[model]
+        for groups, tier in parts:
+            fleet = Fleet(groups, self.settings, last_s - first_s, self.seed)
+            if whole:
+                day = FleetDay(fleet)
+                good = completed(day.run(self.traffic.sessions(first_s, last_s, tier)), self.case.slo).good
+                out: dict[str, Any] = {
+                    "completed": len(good),
+                    "good": int(good.sum()),
+                    "lost": day.lost,
+                    "resumed": day.resumed,
+                }
+                out |= {"planned": day.planned, "refused": len(day.refused)}
+            else:
+                turns = self.traffic.turns(first_s, last_s, tier)
+                out = run_minutes(fleet, turns, self.case.slo["ttft_s"], self.traffic.stay_s) | {
+                    "planned": float(turns.sum())
+                }
+            ended = [one for one in fleet.live + fleet.ended if one.reclaimed and one.end_s < fleet.horizon_s]
+            total.update({**out, "interruptions": len(ended)})
+            for group, hours in fleet.hours().items():
+                total["possible"] += hours * 3600 * group.kind.rated_per_s  # type: ignore[assignment]
+                usd, paid = group.price.usd_per_hour(group.market), hours * group.kind.gpu_count
+                what = {"gpu": group.kind.gpu.key, "market": group.market, "usd_per_gpu_hour": usd}
+                bill.append(what | {"gpu_hours": paid, "usd": paid * usd})
+        total["unfinished"] = total["planned"] - total["completed"] - total["refused"] - total["lost"]
+        return self._figures(total, bill, last_s - first_s) | {"method": "turns" if whole else "minutes"}
+
+    def _figures(self, total: Counter[str], bill: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        usd, share = sum(one["usd"] for one in bill), seconds / DAY_S / self.days
+        conversations, hours = len(self.traffic.starts_s) * share, Counter[str]()
+        for one in bill:
+            hours[one["gpu"]] += one["gpu_hours"]
+        tokens = conversations * (self.traffic.prompt_tokens + self.traffic.output_tokens)
+        counted = ("planned", "completed", "refused", "lost", "resumed", "unfinished")
+        return {
+            "usd_per_month": usd * MONTH_DAYS * DAY_S / seconds,
+            "usd_per_1k_conversations": usd / conversations * 1e3 if conversations else None,
+            "usd_per_million_tokens": usd / tokens * 1e6 if tokens else None,
+            "slo_attainment_fraction": total["good"] / total["planned"] if total["planned"] else None,
+            "interruptions": total["interruptions"],
+            "lost_turns": total["lost"],
+            "gpu_hours": dict(hours),
+            "idle_fraction": max(0.0, 1 - total["completed"] / total["possible"]) if total["possible"] else None,
+            "turns": {name: float(total[name]) for name in counted},
+            "bill": bill,
+        }
+
+    def row(self, policy: str) -> dict[str, Any]:
+        """A policy's figures; a month is checked against sampled days, spot shown under both interruption models."""
+        record, settings, end_s, whole = self.policies[policy], self.settings, self.days * DAY_S, self.days <= 1
+        if record.get("api"):
+            return self._api()
+        main, parts = self.kind(self.gpu, self.case.model), Parts()
+        if edge := settings.tier_fraction if record.get("tiers") else 0.0:
+            small = self.kind(settings.tier_gpu, settings.tier_model)
+            parts.append((self.groups(policy, small, edge), (0.0, edge)))
+        parts.append((self.groups(policy, main, 1 - edge), (edge, 1.0)))
+        groups = [group for part, _ in parts for group in part]
+        chosen, spot = settings.interruption_model, any(group.market == "spot" for group in groups)
+        result = self.run(parts, chosen, 0, end_s, whole=whole) | {"interruption_model": chosen if spot else None}
+        others = [name for name in self.interruptions if spot and name != chosen]
+        result["other_interruptions"] = {name: self.run(parts, name, 0, end_s, whole=whole) for name in others}
+        result["checks"] = []
+        for day in [] if whole else settings.sampled_days:
+            by = [self.run(parts, chosen, day * DAY_S, (day + 1) * DAY_S, whole=full) for full in (False, True)]
+            gap, cost = (by[0][name] - by[1][name] for name in ("slo_attainment_fraction", "usd_per_month"))
+            cost = cost / by[1]["usd_per_month"]
+            result["checks"].append({"day": day, "attainment_difference": gap, "usd_difference_fraction": cost})
+        told = [group.price.told(self.today) for group in groups]
+        return result | {"prices": told, "replicas": [group.floor for group in groups], **self._lead(groups)}
+
+    def _lead(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Seconds from signal to service of the scaled machines against the median burst above the fixed ones."""
+        lead_s = [self.settings.decision_delay_s + end for end in groups[-1].kind.lead_s]
+        fixed = sum(group.floor * group.kind.rated_per_s for group in groups)
+        bursts = [len(list(run)) * TICK_S for above, run in groupby(self.turns_per_s > fixed) if above]
+        if not bursts or not any(group.ceiling for group in groups):
+            return {"lead_time_s": None, "burst_s": None, "lead_outlasts_burst": None}
+        burst_s = float(np.median(bursts))
+        return {"lead_time_s": lead_s, "burst_s": burst_s, "lead_outlasts_burst": lead_s[0] > burst_s}
+
+    def _api(self) -> dict[str, Any]:
+        """The token price times the tokens; nobody publishes its attainment, so that is unknown."""
+        load, price = self.traffic, prices.token_price(find_model(self.case.model).key)
+        if price is None:
+            raise UserError(f"no per-token price of {self.case.model} in data/prices.yaml")
+        usd = price.input * (load.prompt_tokens - load.resent_tokens) + price.output * load.output_tokens
+        usd = (usd + (price.cached or price.input) * load.resent_tokens) * len(load.starts_s) / 1e6
+        bill = [{"gpu": "", "market": "per_token", "usd_per_gpu_hour": None, "gpu_hours": 0.0, "usd": usd}]
+        unknown_here: dict[str, Any] = {
+            "gpu_hours": {},
+            "lost_turns": None,
+            "interruptions": None,
+            "interruption_model": None,
+        }
+        told = {"method": "quoted", "prices": [price.told(self.today)], "other_interruptions": {}, "checks": []}
+        return self._figures(Counter(), bill, self.days * DAY_S) | unknown_here | told
+
+
+def compare(study: Study, policies: str = "all") -> dict[str, Any]:
+    """Each policy's row, the cheapest that meets the SLO for 95 % of the turns, or the nearest where none does."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    for name in study.policies if policies == "all" else policies.split(","):
+        if name not in study.policies:
+            raise unknown("policy", name, [*study.policies, "all"])
+        try:
+            rows[name] = study.row(name)
+        except UserError as error:
+            if policies != "all":
+                raise
+            skipped[name] = str(error)
+    reached = {name: row["slo_attainment_fraction"] or 0.0 for name, row in rows.items()}
+    meeting = [name for name, fraction in reached.items() if fraction >= PASSING_ATTAINMENT]
+    capacity = {
+        f"{model} on {gpu}": {"turns_per_s": one.target_per_s, "turns_per_s_interval": one.target_interval}
+        for (gpu, model), one in study.kinds.items()
+    }
+    return {
+        "policies": rows,
+        "cheapest_meeting_slo": min(meeting, key=lambda name: rows[name]["usd_per_month"], default=None),
+        "nearest": None if meeting else max(reached, key=lambda name: reached[name], default=None),
+        "skipped": skipped, "gpu": study.gpu, "capacity": capacity, "slo": study.case.slo, "days": study.days,
+        "conversations": len(study.traffic.starts_s),
+    }  # fmt: skip
