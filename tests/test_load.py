@@ -507,6 +507,15 @@ def test_json_has_the_documented_keys_and_nothing_else_is_on_stdout() -> None:
     assert got["gpu"] is None or got["gpu"]["gpus"] >= 1
 
 
+def test_without_uvloop_asyncio_is_used_and_told(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError")
+    with serving(paced(0.01, 0.0)) as server:
+        common = ["--base-url", server.base_url, "--model", "m", "--burst", "4", "--json"]
+        done = cli(*common, *LENGTHS, env={"PYTHONPATH": str(tmp_path)})
+    assert json.loads(done.stdout)["completed"] == 4
+    assert "uvloop is not installed" in done.stderr
+
+
 def _cli_levels(workload: str) -> Any:
     """The level that `kit load --workload NAME --requests 3` plans."""
     from kit.cli.load import _levels
