@@ -10,6 +10,7 @@ COMMANDS = {
     "size": "what fits on a GPU: weights, KV pool, sessions",
     "predict": "latency and throughput of a model on a GPU, with intervals",
     "simulate": "agent sessions through the scheduler in virtual time",
+    "fleet": "what traffic costs under spot, reserved, burst and other policies",
     "emulate": "the engine in real time behind an OpenAI-compatible server, without a GPU",
     "load": "load-test an OpenAI-compatible server",
     "run": "the notebooks through papermill into a report",

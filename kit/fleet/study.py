@@ -27,7 +27,6 @@ from kit.simulator import replica
 from kit.steptime import fitted
 
 MONTH_DAYS = 30  # 720 hours
-PEAK_MINUTES = 5  # the peak is that of five minutes
 Parts = list[tuple[list[Group], Tier]]
 
 
@@ -52,8 +51,7 @@ class Study:
         self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
         self.traffic = Traffic(case, self.settings, days, seed)
         self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
-        smooth = np.convolve(self.turns_per_s, np.ones(PEAK_MINUTES) / PEAK_MINUTES, "same")
-        self.peak_per_s, self.kinds = float(smooth.max()), dict[tuple[str, str], Kind]()
+        self.peak_per_s, self.kinds = float(self.turns_per_s.max()), dict[tuple[str, str], Kind]()
         self.gpu = self.settings.gpu or self._cheapest_gpu()
 
     def kind(self, gpu_key: str, model_key: str) -> Kind:
@@ -198,8 +196,8 @@ class Study:
         result["checks"] = []
         for day in [] if whole else settings.sampled_days:
             by = [self.run(parts, chosen, day * DAY_S, (day + 1) * DAY_S, whole=full) for full in (False, True)]
-            gap, cost = (by[0][name] - by[1][name] for name in ("slo_attainment_fraction", "usd_per_month"))
-            cost = cost / by[1]["usd_per_month"]
+            gap = by[0]["slo_attainment_fraction"] - by[1]["slo_attainment_fraction"]
+            cost = by[0]["usd_per_month"] / by[1]["usd_per_month"] - 1
             result["checks"].append({"day": day, "attainment_difference": gap, "usd_difference_fraction": cost})
         told = [group.price.told(self.today) for group in groups]
         return result | {"prices": told, "replicas": [group.floor for group in groups], **self._lead(groups)}
