@@ -51,15 +51,9 @@ class Run:
         _say("\n".join(decision))
         if self.output_dir is None:
             return
-        record = {
-            "notebook": self.notebook,
-            **self._identity(),
-            "source": self.source,
-            "created_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "kit_version": __version__,
-            "decision": list(decision),
-            "results": dict(results),
-        }
+        record: dict[str, Any] = {"notebook": self.notebook, **self._identity(), "source": self.source}
+        record |= {"created_utc": datetime.now(UTC).isoformat(timespec="seconds"), "kit_version": __version__}
+        record |= {"decision": list(decision), "results": dict(results)}
         text = json.dumps(record, indent=2, default=_plain, allow_nan=False)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         unfinished = self.output_dir / "results.json.part"
@@ -71,13 +65,7 @@ class Run:
 
 
 def begin(
-    notebook: str,
-    *,
-    gpu: str,
-    model: str,
-    scenario: str = "",
-    source: str = "emulator",
-    output_dir: str = "",
+    notebook: str, *, gpu: str, model: str, scenario: str = "", source: str = "emulator", output_dir: str = ""
 ) -> Run:
     """Check the parameters, load the plot style, print the mode and the versions."""
     import matplotlib.style
@@ -126,12 +114,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None =
     for row in rows:
         if row.get("provenance", PROVENANCE[0]) not in PROVENANCE:
             raise unknown("provenance", row["provenance"], PROVENANCE)
-    heads = columns or {key: key for key in rows[0]}
-    lines = [list(heads.values()), *([_cell(row.get(key)) for key in heads] for row in rows)]
+    lines = _texts(rows, columns)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    sides = [">" if all(_is_number(row.get(key)) for row in rows) else "<" for key in heads]
-    forms = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+    numeric = [all(_is_number(row.get(key)) for row in rows) for key in columns or rows[0]]
+    forms = [f"{{:{'>' if right else '<'}{width}}}" for right, width in zip(numeric, widths, strict=True)]
     return "\n".join("  ".join(forms).format(*line).rstrip() for line in lines)
 
 
@@ -139,11 +126,9 @@ def prose_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | 
     """Rows as a Markdown table to end a cell with, for columns that hold sentences."""
     from IPython.display import Markdown
 
-    heads = columns or {key: key for key in rows[0]}
-    lines = [list(heads.values()), ["---"] * len(heads)]
-    lines += [[_cell(row.get(key)).replace("|", "\\|") for key in heads] for row in rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return Markdown(text)  # type: ignore[no-untyped-call]
+    heads, *cells = [[text.replace("|", "\\|") for text in line] for line in _texts(rows, columns)]
+    lines = [heads, ["---"] * len(heads), *cells]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))  # type: ignore[no-untyped-call]
 
 
 def check(answer: float | str | None, expected: float | str, *, tolerance: float = 0.02) -> str:
@@ -160,6 +145,11 @@ def check(answer: float | str | None, expected: float | str, *, tolerance: float
     return "right" if right else f"not yet: {answer} is off, try again"
 
 
+def _texts(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None) -> list[list[str]]:
+    heads = columns or {key: key for key in rows[0]}
+    return [list(heads.values()), *([_cell(row.get(key)) for key in heads] for row in rows)]
+
+
 def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
@@ -167,9 +157,9 @@ def _is_number(value: object) -> bool:
 def _cell(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "unknown", True: "yes", False: "no"}[value]
-    if isinstance(value, Integral) or not isinstance(value, Real):
-        return f"{int(value):,}" if isinstance(value, Integral) else str(value)
-    return f"{float(value):,.0f}" if abs(float(value)) >= 1000 else f"{float(value):.3g}"
+    if not isinstance(value, Real):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, Integral) or abs(float(value)) >= 1000 else f"{value:.3g}"
 
 
 def _plain(value: Any) -> Any:

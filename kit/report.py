@@ -18,12 +18,8 @@ def write_page(folder: Path, row: Mapping[str, Any]) -> None:
     from pygments.formatters import HtmlFormatter
     from traitlets.config import Config
 
-    remover = {"enabled": True, "remove_cell_tags": REMOVED}
-    exporter = HTMLExporter(
-        config=Config({"TagRemovePreprocessor": remover}),
-        extra_template_basedirs=[str(TEMPLATES)],
-        template_name="report",
-    )
+    tags = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": REMOVED}})
+    exporter = HTMLExporter(config=tags, extra_template_basedirs=[str(TEMPLATES)], template_name="report")
     css = (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
     page = {**row, "css": css, "gpu": folder.parent.name}
     html, _ = exporter.from_filename(str(folder / "notebook.ipynb"), resources={"report": page})
@@ -38,14 +34,9 @@ def write_index(root: Path, row: Mapping[str, Any]) -> Path:
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     rows[row["notebook"]] = row
     path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    page = jinja2.Environment(loader=loader, autoescape=True).get_template("index.html.j2")
-    html = page.render(
-        gpu=root.name,
-        rows=[rows[name] for name in sorted(rows)],
-        css=(TEMPLATES / "style.css").read_text(),
-        version=__version__,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
+    about = {"gpu": root.name, "version": __version__, "css": (TEMPLATES / "style.css").read_text()}
+    about["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    html = environment.get_template("index.html.j2").render(about, rows=[rows[name] for name in sorted(rows)])
     (root / "index.html").write_text(html, encoding="utf-8")
     return root / "index.html"

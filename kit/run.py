@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,11 @@ def choose_gpu(asked: str | None, found: str | None) -> str:
     key = catalog.gpu(asked).key if asked else None
     if found is None:
         return key or DEFAULT_GPU
-    patterns = {k: "|".join(catalog.gpu(k).nvml_names) for k in catalog.gpu_keys()}
-    keys = [k for k, pattern in patterns.items() if re.match(pattern, found, re.IGNORECASE)]
+    keys = [k for k in catalog.gpu_keys() if re.match("|".join(catalog.gpu(k).nvml_names), found, re.IGNORECASE)]
     if (key in keys) if key else len(keys) == 1:
         return key or keys[0]
-    raise UserError(
-        f"--gpu {asked or '(not given)'}: this host has {found!r} ({' or '.join(keys) or 'no key'} "
-        'in data/gpus.yaml); CUDA_VISIBLE_DEVICES="" hides it'
-    )
+    told = f"this host has {found!r} ({' or '.join(keys) or 'no key'} in data/gpus.yaml)"
+    raise UserError(f'--gpu {asked or "(not given)"}: {told}; CUDA_VISIBLE_DEVICES="" hides it')
 
 
 def reachable(base_url: str) -> str:
@@ -77,9 +75,8 @@ def select(wanted: Sequence[str], folder: Path | None = None) -> list[Path]:
     if not paths:
         raise UserError(f"no notebooks in {folder}; kit run works from a clone of the project")
     numbers = {stem[:2]: stem for stem in paths}
-    for name in wanted:
-        if name not in paths and name not in numbers:
-            raise unknown("notebook", name, paths)
+    if wrong := set(wanted) - paths.keys() - numbers.keys():
+        raise unknown("notebook", min(wrong), paths)
     chosen = {numbers.get(name, name) for name in wanted} or set(paths)
     return [path for stem, path in paths.items() if stem in chosen]
 
@@ -97,38 +94,29 @@ def preset(gpu: str, folder: Path | None = None) -> dict[str, Any]:
     path = (folder or NOTEBOOKS) / "parameters" / f"{gpu}.yaml"
     values = {**(load_yaml(path) if path.exists() else {}), "gpu": gpu}
     names = {name for notebook in select((), folder) for name in parameters_of(notebook)}
-    for name in values:
-        if name not in names:
-            raise UserError(f"{path}: {unknown('parameter', name, names)}")
+    if wrong := values.keys() - names:
+        raise UserError(f"{path}: {unknown('parameter', min(wrong), names)}")
     return values
 
 
-def fill(
-    notebooks: Sequence[Path], given: Mapping[str, Any], asked: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
+def fill(notebooks: Sequence[Path], given: Mapping[str, Any], asked: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Parameters by notebook from the preset and the text of --set; an unknown name is refused."""
-    known = {path.stem: parameters_of(path) for path in notebooks}
+    known, values = {path.stem: parameters_of(path) for path in notebooks}, {**given, **asked}
     names = {name for defaults in known.values() for name in defaults}
-    for name in asked:
-        if name not in names:
-            raise unknown("parameter", name, names, shown=len(names))
-    filled: dict[str, dict[str, Any]] = {}
-    for notebook, defaults in known.items():
-        values = dict(given) | {n: _parsed(text, defaults.get(n)) for n, text in asked.items()}
-        filled[notebook] = {n: _typed(n, values[n], defaults[n]) for n in values if n in defaults}
-    return filled
-
-
-def _parsed(text: str, default: Any) -> Any:
-    try:
-        return text if isinstance(default, str) else yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    if wrong := asked.keys() - names:
+        raise unknown("parameter", min(wrong), names, shown=len(names))
+    return {
+        notebook: {name: _typed(name, values[name], default) for name, default in defaults.items() if name in values}
+        for notebook, defaults in known.items()
+    }
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """The value as its default's type; a whole number serves as a float, nothing else converts."""
+    """The value, or what its text says, as its default's type; a whole number serves as a float, nothing else does."""
     kind = type(default)
+    if isinstance(value, str) and kind is not str:
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(value)
     if kind is float and type(value) is int:
         return float(value)
     if default is not None and type(value) is not kind:
@@ -150,18 +138,12 @@ def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict
     error = _papermill(notebook, folder / "notebook.ipynb", parameters)
     written = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
-    row = {
-        "notebook": notebook.stem,
-        "title": "".join(first).splitlines()[0].lstrip("# "),
-        "status": "failed" if error else "done",
-        "duration_s": round(time.monotonic() - begun, 1),
-        "error": error,
-        "model": written.get("model"),
-        "decision": written.get("decision", []),
-        "parameters": parameters,
-        "report": str(folder / "report.html"),
-        "results": str(results) if written else None,
-    }
+    title = "".join(first).splitlines()[0].lstrip("# ")
+    seconds = round(time.monotonic() - begun, 1)
+    row: dict[str, Any] = {"notebook": notebook.stem, "title": title, "parameters": parameters}
+    row |= {"status": "failed" if error else "done", "error": error, "duration_s": seconds}
+    row |= {"model": written.get("model"), "decision": written.get("decision", [])}
+    row |= {"report": str(folder / "report.html"), "results": str(results) if written else None}
     report.write_page(folder, row)
     return row
 
@@ -172,16 +154,11 @@ def _papermill(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> s
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
+    config = Config(KernelManager={"transport_encryption": "auto"})
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # stderr keeps to the progress
+    options = {"kernel_name": "python3", "progress_bar": False, "config": config, "extra_arguments": quiet}
     try:
-        papermill.execute_notebook(
-            notebook,
-            output,
-            parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            config=Config(KernelManager={"transport_encryption": "auto"}),
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # stderr keeps to the progress
-        )
+        papermill.execute_notebook(notebook, output, parameters, **options)
     except papermill.PapermillExecutionError as failure:
         last = (failure.evalue.strip().splitlines() or [""])[-1]
         return f"cell In [{failure.exec_count}]: {failure.ename}: {last}"
@@ -207,9 +184,9 @@ def walkthrough(
     for number, path in enumerate(notebooks, start=1):
         sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")
         sys.stderr.flush()
-        rows.append(execute(path, root / path.stem, filled[path.stem]))
-        index = report.write_index(root, rows[-1])
-        row = rows[-1]
+        row = execute(path, root / path.stem, filled[path.stem])
+        rows.append(row)
+        index = report.write_index(root, row)
         sys.stderr.write(f"{row['status']}, {row['duration_s']} s\n")
         if ": UserError: " in (row["error"] or ""):
             raise UserError(f"{path.stem}, {row['error'].replace('UserError: ', '')}")

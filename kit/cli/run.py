@@ -10,24 +10,17 @@ import typer
 from kit.cli.options import Json
 from kit.errors import UserError
 
-Gpu = Annotated[str | None, typer.Option("--gpu", help="default: this host's, else h100-sxm-80gb")]
-Scenario = Annotated[
-    Path | None,
-    typer.Option("--scenario", exists=True, dir_okay=False, resolve_path=True, help="YAML file"),
-]
-BaseUrl = Annotated[str | None, typer.Option("--base-url", help="OpenAI-compatible server")]
-Notebooks = Annotated[str, typer.Option("--notebooks", help="numbers or names: 00,02")]
-Out = Annotated[Path, typer.Option("--out", help="folder of the reports")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="name=value of a notebook parameter")]
+OPTIONS = {"gpu": "--gpu", "scenario": "--scenario", "base_url": "--base-url", "output_dir": "--out"}
+SCENARIO = typer.Option(exists=True, dir_okay=False, resolve_path=True, help="YAML file")
 
 
 def command(
-    gpu: Gpu = None,
-    scenario: Scenario = None,
-    base_url: BaseUrl = None,
-    notebooks: Notebooks = "",
-    out: Out = Path("runs"),
-    settings: Set = None,
+    gpu: Annotated[str | None, typer.Option(help="default: this host's, else h100-sxm-80gb")] = None,
+    scenario: Annotated[Path | None, SCENARIO] = None,
+    base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible server")] = None,
+    notebooks: Annotated[str, typer.Option(help="numbers or names: 00,02")] = "",
+    out: Annotated[Path, typer.Option(help="folder of the reports")] = Path("runs"),
+    settings: Annotated[list[str] | None, typer.Option("--set", help="name=value of a notebook parameter")] = None,
     as_json: Json = False,
 ) -> int:
     """Run the notebooks through papermill and write a report."""
@@ -45,9 +38,10 @@ def command(
     rows, index = run.walkthrough(chosen, out / key, run.preset(key), asked)
     shown: dict[str, Any] = {"gpu": key, "index": str(index), "notebooks": rows}
     sys.stdout.write(json.dumps(shown) + "\n" if as_json else f"{index}\n")
-    for row in (row for row in rows if row["error"]):
+    failed = [row for row in rows if row["error"]]
+    for row in failed:
         sys.stderr.write(f"kit: {row['notebook']} failed: {row['error']}\n")
-    return int(any(row["error"] for row in rows))
+    return int(bool(failed))
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -57,8 +51,7 @@ def _settings(pairs: list[str]) -> dict[str, str]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise UserError(f"--set {pair!r} is not name=value")
-        if name in ("gpu", "scenario", "base_url", "output_dir"):
-            option = name.replace("_", "-").replace("output-dir", "out")
-            raise UserError(f"--set {name}: use --{option}")
+        if name in OPTIONS:
+            raise UserError(f"--set {name}: use {OPTIONS[name]}")
         asked[name] = text
     return asked
