@@ -3,7 +3,7 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -34,6 +34,14 @@ class Call:
     hash_ids: list[int] = field(default_factory=list)
     path: tuple[tuple[int, int], ...] = ()  # (extent, tokens at its end)
 
+    def __post_init__(self) -> None:
+        times = self.arrival_s, self.elapsed_s, self.pause_s or 0.0
+        if self.input_len < 1 or self.output_len < 0 or not all(0 <= value < inf for value in times):
+            raise ValueError(
+                f"input {self.input_len}, output {self.output_len} tokens, times {times}: "
+                "lengths and times cannot be negative, an input not empty"
+            )
+
 
 @dataclass(slots=True)
 class Trace:
@@ -50,9 +58,12 @@ class Trace:
         for index, call in enumerate(self.calls):
             groups.setdefault(call.session or f"#{index}", []).append(call)
         built = {name: _session(key, calls) for key, (name, calls) in enumerate(groups.items())}
-        for name, calls in groups.items():
-            if calls[0].parent in built:
-                _attach(built[name], calls[0], built[calls[0].parent], groups[calls[0].parent])
+        for name, session in built.items():
+            parent, start_s = groups[name][0].parent, groups[name][0].arrival_s
+            if parent in built:  # starts after the parent's last call that began before it
+                begun = sum(call.arrival_s <= start_s for call in groups[parent])
+                turn = built[parent].turns[max(0, begun - 1)]
+                session.arrival_s, turn.children = 0.0, [*turn.children, session]
         for name, session in built.items():
             if groups[name][0].parent not in built:
                 if starts_s is not None:
@@ -71,20 +82,11 @@ def _session(key: int, calls: list[Call]) -> Session:
     for before, call in pairwise(calls):
         turns[-1].pause_after_s, turns[-1].pause_kind = call.pause_s or 0.0, "recorded"
         rewritten = call.reusable_tokens and call.reusable_tokens < 0.5 * before.input_len
-        if rewritten or call.input_len < 0.8 * before.input_len:
-            turns.append(Turn(call.input_len, call.output_len, compact_to=0))
-            context = 0
-        else:
-            turns.append(Turn(max(1, call.input_len - context), call.output_len))
+        anew = rewritten or call.input_len < 0.8 * before.input_len
+        context = 0 if anew else context
+        turns.append(Turn(max(1, call.input_len - context), call.output_len, compact_to=0 if anew else None))
         context += turns[-1].new_tokens + turns[-1].output_len
     return Session(key, calls[0].arrival_s, turns, path=calls[0].path)
-
-
-def _attach(child: Session, first: Call, parent: Session, calls: list[Call]) -> None:
-    """Make the child start after the parent's last call that began before it."""
-    turn = parent.turns[max(0, sum(call.arrival_s <= first.arrival_s for call in calls) - 1)]
-    child.arrival_s = 0.0
-    turn.children = [*turn.children, child]
 
 
 def read(file: str, trace_format: str) -> Trace:
@@ -94,11 +96,7 @@ def read(file: str, trace_format: str) -> Trace:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"no such trace file: {file}")
-    columns, parse = READERS[trace_format]
-    try:
-        calls = [_call(path, line, parse, row) for line, row in _rows(path, columns)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: not a text file ({error})") from None
+    calls = list(_calls(path, *READERS[trace_format]))
     answered = sorted((call for call in calls if call.output_len), key=lambda call: call.arrival_s)
     if not answered:
         raise UserError(f"{file}: the trace has no requests")
@@ -111,32 +109,29 @@ def read(file: str, trace_format: str) -> Trace:
     return trace
 
 
-def _rows(path: Path, columns: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a CSV file that has these columns; numbered lines where it has none."""
-    with path.open(encoding="utf-8", newline="") as lines:
-        if not columns:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            return
-        reader = csv.DictReader(lines)
-        missing = [name for name in columns.split(",") if name not in (reader.fieldnames or ())]
-        if missing and reader.fieldnames:
-            raise UserError(f"{path} line 1: no column {missing[0]!r}; it needs {columns}")
-        yield from ((reader.line_num, row) for row in reader)
+def _calls(path: Path, columns: str, parse: Callable[[Any], Call]) -> Iterator[Call]:
+    """Calls of a file: rows of a CSV file that has these columns, or lines that `parse` takes apart."""
+    number = 0
 
+    def filled(lines: Iterable[str]) -> Iterator[str]:
+        nonlocal number
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield line
 
-def _call(path: Path, line: int, parse: Callable[[Any], Call], row: Any) -> Call:
-    """The call that `parse` reads; anything wrong with it is told with file and line."""
     try:
-        call = parse(row)
+        with path.open(encoding="utf-8", newline="") as lines:
+            rows: Any = filled(lines)
+            if columns:
+                rows, names = csv.DictReader(rows), columns.split(",")
+                if missing := [name for name in names if name not in (rows.fieldnames or names)]:
+                    raise ValueError(f"no column {missing[0]!r}; it needs {columns}")
+            yield from map(parse, rows)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a text file ({error})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} line {line}: {error}") from None
-    times = call.arrival_s, call.elapsed_s, call.pause_s or 0.0
-    if call.input_len < 1 or call.output_len < 0 or not all(0 <= value < inf for value in times):
-        raise UserError(
-            f"{path} line {line}: input {call.input_len}, output {call.output_len} tokens, times {times}: "
-            "lengths and times cannot be negative, an input not empty"
-        )
-    return call
+        raise UserError(f"{path} line {number}: {error}") from None
 
 
 def _azure(row: Row) -> Call:

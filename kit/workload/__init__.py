@@ -13,6 +13,7 @@ context, not the shared prefix, by that many fresh tokens before the turn's `new
 
 from collections.abc import Iterator
 from itertools import islice, takewhile
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,9 @@ def load(name: str) -> Workload:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
+        where = ".".join(map(str, first["loc"])) or "file"
         value = "" if isinstance(first["input"], dict | list) else f" (got {first['input']!r})"
-        more = f"; {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise UserError(f"{path}: {field}: {first['msg']}{value}{more}") from None
+        raise UserError(f"{path}: {where}: {first['msg']}{value}") from None
 
 
 def generate(
@@ -69,5 +69,5 @@ def generate(
             raise UserError("give a number of sessions or a duration: the arrivals never end")
         sessions = arrivals.size
     times = islice(arrivals.times(np.random.default_rng([seed, 0])), sessions)
-    for key, at_s in enumerate(takewhile(lambda t: duration_s is None or t < duration_s, times)):
+    for key, at_s in enumerate(takewhile(lambda at_s: at_s < (duration_s or inf), times)):
         yield workload.session.draw(np.random.default_rng([seed, 1, key]), key, at_s)

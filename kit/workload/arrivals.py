@@ -1,6 +1,8 @@
-"""When sessions arrive: the processes of a workload file, each an endless iterator of seconds."""
+"""When sessions arrive: the processes of a workload file.
 
-from abc import ABC, abstractmethod
+`times(rng)` of each is an iterator of arrival times in seconds, ascending, endless but for a burst or a trace.
+"""
+
 from collections.abc import Iterator
 from functools import cache
 from itertools import count
@@ -16,21 +18,16 @@ Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
-class Process(Model, ABC):
-    """Common to all: arrival times in ascending order."""
-
-    @abstractmethod
-    def times(self, rng: np.random.Generator) -> Iterator[float]:
-        """Arrival times in seconds, ascending."""
+class Process(Model):
+    """Common to all: the mean rate, and how it is scaled to a window."""
 
     def mean_rate_per_s(self) -> float | None:
         """Long-run arrivals per second; None where only a count is defined."""
-        return None
+        return getattr(self, "rate_per_s", None)
 
     def scaled(self, factor: float) -> Self:
         """The same process with every rate multiplied."""
-        rates = {name: value * factor for name, value in self if name.endswith("rate_per_s")}
-        return self.model_copy(update=rates)
+        return self.model_copy(update={"rate_per_s": (self.mean_rate_per_s() or 0.0) * factor})
 
     def within(self, duration_s: float, sessions: int | None) -> Self:
         """The process for a window from 0; `sessions`, if given, are expected in it."""
@@ -47,12 +44,8 @@ class Renewal(Process):
     rate_per_s: Rate
     cv: float = Field(1.0, gt=0)
 
-    def mean_rate_per_s(self) -> float:
-        return self.rate_per_s
-
     def times(self, rng: np.random.Generator) -> Iterator[float]:
-        cv = 1.0 if self.kind == "poisson" else self.cv
-        now = 0.0
+        cv, now = 1.0 if self.kind == "poisson" else self.cv, 0.0
         while True:
             gaps = np.full(1024, 1 / self.rate_per_s)
             if self.kind != "constant":
@@ -78,21 +71,20 @@ class Mmpp(Process):
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
-        for state in self.states:
-            if state.next is not None and (
-                len(state.next) != len(self.states) or min(state.next) < 0 or not sum(state.next)
-            ):
-                raise ValueError(f"next needs {len(self.states)} weights, one for each state")
-        if not any(state.rate_per_s for state in self.states):
+        size, busy = len(self.states), [state.rate_per_s > 0 for state in self.states]
+        weights = [state.next for state in self.states if state.next is not None]
+        if any(len(row) != size or min(row) < 0 or not sum(row) for row in weights):
+            raise ValueError(f"next needs {size} weights, one for each state")
+        if not any(busy):
             raise ValueError("every state is silent")
-        if self.kind == "on_off" and sorted(state.rate_per_s > 0 for state in self.states) != [False, True]:
+        if self.kind == "on_off" and sorted(busy) != [False, True]:
             raise ValueError("on_off needs two states, one of them with rate_per_s 0")
         return self
 
     def _transitions(self) -> NDArray[np.float64]:
         following = np.roll(np.eye(len(self.states)), 1, axis=1)
-        rows = [f if s.next is None else s.next for s, f in zip(self.states, following, strict=True)]
-        return np.array([np.array(row) / np.sum(row) for row in rows])
+        rows = np.array([f if s.next is None else s.next for s, f in zip(self.states, following, strict=True)])
+        return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 
     def mean_rate_per_s(self) -> float:
         size = len(self.states)
@@ -133,14 +125,9 @@ class Diurnal(Process):
     peak_at_s: Seconds = 50_400.0
     period_s: Rate = 86_400.0
 
-    def mean_rate_per_s(self) -> float:
-        return self.rate_per_s
-
     def within(self, duration_s: float, sessions: int | None) -> Self:
         """As for all; a window shorter than the period is that around the peak."""
-        wave = self
-        if duration_s < self.period_s:
-            wave = self.model_copy(update={"peak_at_s": duration_s / 2})
+        wave = self if duration_s >= self.period_s else self.model_copy(update={"peak_at_s": duration_s / 2})
         if sessions is None:
             return wave
         share = wave._wave(np.linspace(0, duration_s, 10_001)).mean() * wave.peak_to_mean

@@ -31,6 +31,15 @@ class Compaction(Model):
     above_tokens: PositiveInt
     to_tokens: Distribution
 
+    def apply(self, rng: np.random.Generator, session: Session) -> None:
+        """Set `compact_to` where the session's context calls for it."""
+        context = session.shared_prefix_tokens
+        for turn in session.turns:
+            if context + turn.new_tokens > self.above_tokens and turn is not session.turns[0]:
+                turn.compact_to = self.to_tokens.tokens(rng, 1)[0]
+                context = session.shared_prefix_tokens + turn.compact_to
+            context += turn.new_tokens + turn.output_len
+
 
 class Subagents(Model):
     """With this probability a turn starts sub-agents, all at once, and waits for all of them."""
@@ -38,6 +47,15 @@ class Subagents(Model):
     probability: float = Field(ge=0, le=1)
     agents: Distribution
     session: "Body"
+
+    def apply(self, rng: np.random.Generator, parent: Session) -> None:
+        """Give turns of the parent, but never its last, their children."""
+        for turn in parent.turns[:-1]:
+            if rng.random() < self.probability:
+                agents = self.agents.tokens(rng, 1)[0]
+                turn.children = [self.session.draw(rng, parent.key, 0.0) for _ in range(agents)]
+                for child in turn.children:
+                    child.prefix_id += 1_000_000  # a sub-agent has a system prompt of its own
 
 
 class Body(Model):
@@ -60,10 +78,9 @@ class Body(Model):
         self._draw_pauses(rng, turns)
         prefix_id = int(rng.integers(self.shared_prefix.variants))
         session = Session(key, arrival_s, turns, prefix_id, self.shared_prefix.tokens)
-        if self.compaction is not None:
-            self._compact(rng, session)
-        if self.subagents is not None:
-            self._draw_subagents(rng, self.subagents, session)
+        for rule in (self.compaction, self.subagents):
+            if rule is not None:
+                rule.apply(rng, session)
         return session
 
     def _draw_pauses(self, rng: np.random.Generator, turns: list[Turn]) -> None:
@@ -76,25 +93,6 @@ class Body(Model):
             seconds = pause.seconds.sample(rng, len(places)).tolist()
             for place, pause_s in zip(places, seconds, strict=True):
                 turns[place].pause_after_s, turns[place].pause_kind = pause_s, pause.kind
-
-    def _compact(self, rng: np.random.Generator, session: Session) -> None:
-        rule = self.compaction
-        if rule is None:
-            return
-        context = session.shared_prefix_tokens
-        for turn in session.turns:
-            if context + turn.new_tokens > rule.above_tokens and turn is not session.turns[0]:
-                turn.compact_to = rule.to_tokens.tokens(rng, 1)[0]
-                context = session.shared_prefix_tokens + turn.compact_to
-            context += turn.new_tokens + turn.output_len
-
-    def _draw_subagents(self, rng: np.random.Generator, rule: Subagents, parent: Session) -> None:
-        for turn in parent.turns[:-1]:
-            if rng.random() < rule.probability:
-                agents = rule.agents.tokens(rng, 1)[0]
-                turn.children = [rule.session.draw(rng, parent.key, 0.0) for _ in range(agents)]
-                for child in turn.children:
-                    child.prefix_id += 1_000_000  # a sub-agent has a system prompt of its own
 
 
 class Slo(Model):
