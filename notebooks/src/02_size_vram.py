@@ -367,7 +367,7 @@ from kit.memory import startlog
 
 logged_engine, values = startlog.read_log(log)
 assumed = startlog.config_from_log(EngineConfig(), logged_engine, values)
-lines = list(startlog.compare(plan(llama, h100, assumed), values, h100, assumed))
+lines = list(startlog.compare(plan(llama, h100, assumed), values, assumed))
 rows = [{"log line": one.line, "logged": one.measured, "predicted": one.predicted, "why": one.reason} for one in lines]
 notebook.prose_table(rows)
 
