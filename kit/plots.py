@@ -1,11 +1,15 @@
 """Figures: each draws numbers that are already there and returns its axes; the title is the finding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from kit.catalog import GpuSpec, ModelSpec, gpu_keys
@@ -13,6 +17,9 @@ from kit.engine_config import EngineConfig
 from kit.memory import MemoryPlan, plan
 from kit.scenario import Held
 from kit.units import gib
+from kit.workload import Session
+
+Floats = npt.NDArray[np.float64]
 
 # A GPU has the same colour in every figure; those that scenarios compare come first.
 _COMPARED = (
@@ -21,13 +28,9 @@ _COMPARED = (
 )  # fmt: skip
 # One colour per part of the memory, in the order of the engine's sum.
 PARTS = {
-    "weights": "#3f90da",
-    "activation": "#ffa90e",
-    "outside PyTorch": "#832db6",
-    "CUDA graphs": "#a96b59",
-    "KV pool": "#8fc98b",
-    "outside the share": "#e3e6ea",
-}
+    "weights": "#3f90da", "activation": "#ffa90e", "outside PyTorch": "#832db6", "CUDA graphs": "#a96b59",
+    "KV pool": "#8fc98b", "outside the share": "#e3e6ea",
+}  # fmt: skip
 _BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
@@ -39,40 +42,30 @@ def gpu_colour(key: str) -> str:
 
 def parts_gib(memory: MemoryPlan) -> dict[str, float]:
     """GiB of one GPU by part; they sum to the card where the model fits."""
+    charged = [memory.weights, memory.activation, memory.non_torch]
     graphs = memory.cuda_graph.size_bytes if memory.graphs_charged else 0.0
-    sizes = (
-        memory.weights.size_bytes,
-        memory.activation.size_bytes,
-        memory.non_torch.size_bytes,
-        graphs,
-        memory.kv_cache_bytes,
-        memory.gpu.memory_bytes - memory.budget.size_bytes,
-    )
+    outside = memory.gpu.memory_bytes - memory.budget.size_bytes
+    sizes = (*(term.size_bytes for term in charged), graphs, memory.kv_cache_bytes, outside)
     return dict(zip(PARTS, map(gib, sizes), strict=True))
 
 
 def memory_by_gpu(held: Sequence[Held], *, ax: Axes | None = None) -> Axes:
     """Stacked bars: where one GPU's memory goes, with the sessions that the pool holds beside each."""
     ax = ax or plt.gca()
-    left = np.zeros(len(held))
-    parts = [parts_gib(one.memory) for one in held]
-    for name, colour in PARTS.items():
-        widths = np.array([part[name] for part in parts])
-        ax.barh(range(len(held)), widths, left=left, color=colour, label=name, height=0.62)
-        left += widths
-    widest = max(max(left), max(gib(one.memory.gpu.memory_bytes) for one in held))
-    for row, one in enumerate(held):
-        visible = gib(one.memory.gpu.memory_bytes)
-        ax.plot([visible, visible], [row - 0.42, row + 0.42], color="#1f2429", linewidth=1.6)
-        count = one.answer.max_concurrent_sessions
-        text = f"{count:,} sessions" if one.memory.pool.size_bytes > 0 else "does not start"
-        ax.text(max(left[row], visible) + 0.015 * widest, row, text, va="center", fontsize=9)
-    ax.set_yticks(range(len(held)), [short_name(one.memory.gpu) for one in held])
+    names = [short_name(one.memory.gpu) for one in held]
+    parts = pd.DataFrame([parts_gib(one.memory) for one in held], index=names)
+    parts.plot.barh(ax=ax, stacked=True, color=PARTS, width=0.62)
+    visible, rows = np.array([gib(one.memory.gpu.memory_bytes) for one in held]), np.arange(len(held))
+    ax.vlines(visible, rows - 0.42, rows + 0.42, color="#1f2429", linewidth=1.6)
+    ends = np.maximum(parts.sum(axis=1), visible)
+    for row, (end, one) in enumerate(zip(ends, held, strict=True)):
+        count = f"{one.answer.max_concurrent_sessions:,} sessions"
+        text = count if one.memory.pool.size_bytes > 0 else "does not start"
+        ax.text(end + 0.015 * max(ends), row, text, va="center", fontsize=9)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlabel="Memory of one GPU (GiB); the black line is what CUDA reports")
-    ax.set_xlim(0, 1.22 * widest)
-    pools = [part["KV pool"] for part in parts]
+    ax.set(xlabel="Memory of one GPU (GiB); the black line is what CUDA reports", xlim=(0, 1.22 * max(ends)))
+    pools = parts["KV pool"]
     finding = f"The same model leaves {min(pools):.0f} to {max(pools):.0f} GiB for KV cache"
     _title(ax, finding, held[0].memory)
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2), handlelength=1.2)
@@ -104,18 +97,13 @@ def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axe
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else "none"))
     _label_ends(ax, contexts[-1], ends)
     fitting = [one for one in held if one.memory.concurrency(asked[0]) >= asked[1]]
-    finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)}"
-    _title(ax, f"{finding} GPUs", held[0].memory)
+    finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)} GPUs"
+    _title(ax, finding, held[0].memory)
     return ax
 
 
 def pool_by_max_num_seqs(
-    spec: ModelSpec,
-    gpu: GpuSpec,
-    config: EngineConfig,
-    versions: Sequence[str],
-    *,
-    ax: Axes | None = None,
+    spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, versions: Sequence[str], *, ax: Axes | None = None
 ) -> Axes:
     """Lines: GiB of KV pool by --max-num-seqs, one per engine version; a tick marks its default."""
     ax = ax or plt.gca()
@@ -124,8 +112,7 @@ def pool_by_max_num_seqs(
     lost: list[str] = []
     for index, version in enumerate(versions):
         base, colour = replace(config, engine_version=version, max_num_seqs=None), f"C{index}"
-        plans = [plan(spec, gpu, replace(base, max_num_seqs=count)) for count in seqs]
-        pools = [gib(one.pool.size_bytes) for one in plans]
+        pools = [gib(plan(spec, gpu, replace(base, max_num_seqs=count)).pool.size_bytes) for count in seqs]
         ax.plot(seqs, pools, color=colour)
         default = plan(spec, gpu, base)
         at = (default.config.max_num_seqs, gib(default.pool.size_bytes))
@@ -137,8 +124,65 @@ def pool_by_max_num_seqs(
     _log2(ax, seqs)
     _label_ends(ax, seqs[-1], ends)
     ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
-    finding = f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}"
-    _title(ax, finding, default)
+    _title(ax, f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}", default)
+    return ax
+
+
+def calls_per_minute(times_s: Mapping[str, Floats], under: str, *, ax: Axes | None = None) -> Axes:
+    """Steps: calls in each minute of several loads."""
+    ax = ax or plt.gca()
+    edges = np.arange(0, max(map(np.max, times_s.values())) + 120, 60.0)
+    counts = {name: np.histogram(times, edges)[0] for name, times in times_s.items()}
+    for name, count in counts.items():
+        ax.stairs(count, edges / 60, label=name, linewidth=1.8)
+    ax.set(xlabel="Time (minutes)", ylabel="Calls per minute")
+    ax.legend(loc="upper left")
+    _headline(ax, f"Busiest minute: {', '.join(f'{max(count):,}' for count in counts.values())} calls", under)
+    return ax
+
+
+def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | None = None) -> Axes:
+    """Context of one session over time: calls dark, pauses light and coloured by what they wait for."""
+    ax = ax or plt.gca()
+    start, colours = turns["arrival_s"].min(), {"a call": "#1f2429"}
+    for turn, row in zip(session.turns, turns.itertuples(), strict=False):
+        begin, end, tokens = row.arrival_s - start, row.end_s - start, row.input_len + row.output_len
+        ax.bar(begin, tokens, max(end - begin, 1), align="edge", color=colours["a call"])
+        if turn.pause_kind:
+            colour = colours.setdefault(turn.pause_kind, f"C{len(colours) - 1}")
+            ax.bar(end, tokens, turn.pause_after_s, align="edge", color=colour, alpha=0.45)
+    ax.legend([Patch(color=one) for one in colours.values()], [*colours], loc="upper left", title="waits for")
+    busy, span = (turns["end_s"] - turns["arrival_s"]).sum(), turns["end_s"].max() - start
+    ax.set(xlabel="Time in the session (s)", ylabel="Context (tokens)")
+    _headline(ax, f"{len(turns)} calls; in the model for {busy / span:.0%} of the session", under)
+    return ax
+
+
+def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str, *, ax: Axes | None = None) -> Axes:
+    """Hit fraction by idle over active KV, a point for each time that KV is kept; quoted ones without a line."""
+    ax = ax or plt.gca()
+    for index, (name, points) in enumerate(curves.items()):
+        hits, idle = zip(*points.values(), strict=True)
+        marker, line = ("s", "none") if "quoted" in name else (".", "-")
+        ax.plot(idle, hits, color=f"C{index}", label=name, marker=marker, linestyle=line)
+        for keep, at in zip(points, zip(idle, hits, strict=True), strict=True):
+            ax.annotate(keep, at, xytext=(4, -11), textcoords="offset points", fontsize=8, color=f"C{index}")
+    ax.set(xscale="log", xlabel="Idle KV per active KV (token-seconds)", ylabel="Prompt tokens found cached")
+    ax.set(ylim=(0, 1.05))
+    ax.legend(loc="lower right")
+    _headline(ax, "Keeping KV longer finds more of it, and holds more of it idle", under)
+    return ax
+
+
+def lines_over(curves: Mapping[str, tuple[Any, Any]], finding: str, under: str, *, log: str = "", **axes: Any) -> Axes:
+    """Lines of (x, y) with their names at the right ends; `log` names the logarithmic axes."""
+    ax = plt.gca()
+    ax.set(**{f"{axis}scale": "log" for axis in log}, **axes)
+    for index, (x, y) in enumerate(curves.values()):
+        ax.plot(x, y, color=f"C{index}")
+    last = max(x[-1] for x, _ in curves.values())
+    _label_ends(ax, last, [(y[-1], name, f"C{i}") for i, (name, (_, y)) in enumerate(curves.items())])
+    _headline(ax, finding, under)
     return ax
 
 
@@ -147,9 +191,17 @@ def short_name(gpu: GpuSpec) -> str:
     return gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")
 
 
-def _title(ax: Axes, finding: str, memory: MemoryPlan) -> None:
+def subtitle(memory: MemoryPlan) -> str:
+    """What a figure was computed for."""
     config = memory.config
-    subtitle = f"{memory.model.key} · {config.quantization} · {config.engine} {config.engine_version} · modelled"
+    return f"{memory.model.key} · {config.quantization} · {config.engine} {config.engine_version} · modelled"
+
+
+def _title(ax: Axes, finding: str, memory: MemoryPlan) -> None:
+    _headline(ax, finding, subtitle(memory))
+
+
+def _headline(ax: Axes, finding: str, subtitle: str) -> None:
     ax.set_title(finding, pad=22)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#667079", va="bottom")
 
