@@ -15,23 +15,25 @@ from pathlib import Path
 import numpy as np
 from closed_loop import Limits, Load, Play
 from serving_rows import FILES, Row, load
-from shrinkage import Design, Effect
+from shrinkage import GROUPS, ROWS_PER_GROUP, Design, Effect
 
 from kit import catalog
 from kit.engine_config import EngineConfig, engine_data, resolve, version_tuple
 from kit.errors import UserError
 from kit.memory import plan
 from kit.scheduler.engines import POLICIES
-from kit.steptime.model import GROUPS, StepTime
+from kit.steptime.model import StepTime
 from kit.steptime.work import work
 
+ERRORS = Path(__file__).resolve().parents[1] / "runs" / "steptime_errors.npz"
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "coefficients"
 # Prior of each coefficient: where physics or other projects' fits put it, and its width in log space.
 PRIOR = {
     "read": (1.15, 0.5), "read_e": (1.3, 0.5), "kv": (1.15, 0.5), "kv8": (1.0, 0.5),
     "gemm_bf16": (1.5, 0.5), "gemm_fp8": (1.8, 0.5), "gemm_fp4": (2.4, 0.5), "gemm_e": (3.0, 0.5), "attn": (1.6, 0.5),
     "reduce": (5e-6, 1.0), "reduce_hop": (2e-6, 1.0), "link": (1.5, 0.5),
-    "fixed": (1e-3, 1.0), "layer": (2.5e-5, 1.0), "moe_layer": (1.5e-5, 1.0), "row": (1.5e-5, 1.0),
+    "fixed": (1e-3, 1.0), "layer": (2.5e-5, 1.0), "moe_layer": (1.5e-5, 1.0),
+    "index_layer": (2e-5, 1.0), "state_layer": (1e-5, 1.0), "row": (1.5e-5, 1.0),
     "prefill": (3e-3, 1.0), "prefill_layer": (5e-5, 1.0),
     "api": (8e-3, 1.0), "token": (1e-6, 1.0), "stream": (3e-4, 1.0),
 }  # fmt: skip
@@ -62,19 +64,19 @@ def effects() -> list[Effect]:
     own_era = lambda row: (row.engine, era(row))  # noqa: E731
     architecture = lambda row: catalog.gpu(row.gpu).architecture  # noqa: E731
     loose = (*GROUPS["request"], "prefill", "prefill_layer")
-    made = [Effect("engine", engine, name, 1.0 if name in loose else 0.3) for name in PRIOR]
-    made += [Effect("era", own_era, name, width) for name, width in
-             (("step", 0.3), ("row", 0.5), ("reduce", 0.3), ("cmp", 0.1), ("api", 2.8), ("token", 4.0), ("stream", 2.0))]  # fmt: skip
-    made += [
-        Effect("architecture", architecture, name, 0.4) for name in ("mem", "cmp", "link", "host", "request", "moe")
-    ]
-    made += [Effect("gpu", lambda row: row.gpu, name, 0.1) for name in ("mem", "cmp", "link", "host", "request")]
-    made += [
-        Effect("family", lambda row: (row.engine, _family(row)), name, 0.3) for name in ("mem", "cmp", "step", "moe")
-    ]
-    made += [Effect("expert_parallel", lambda row: row.engine if row.ep > 1 else None, name, 0.3)
-             for name in ("moe", "step", "row", "api")]  # fmt: skip
-    return made
+    host = (("step", 0.3), ("row", 0.5), ("reduce", 0.3), ("cmp", 0.1), ("api", 2.8), ("token", 4.0), ("stream", 2.0))
+    kernels = ("mem", "cmp", "step", "moe")
+    tables = [
+        ("engine", engine, [(name, 0.5 if name in loose else 0.15) for name in PRIOR]),
+        ("era", own_era, host),
+        ("architecture", architecture, [(n, 0.4) for n in ("mem", "cmp", "link", "host", "request", "moe")]),
+        ("gpu", lambda row: row.gpu, [(n, 0.1) for n in ("mem", "cmp", "link", "host", "request")]),
+        ("family", _family, [(n, 0.3) for n in kernels]),
+        ("own_family", lambda row: (row.engine, _family(row)), [(n, 0.3) for n in kernels]),
+        ("expert_parallel", lambda row: row.engine if row.ep > 1 else None,
+         [(n, 0.3) for n in ("moe", "step", "row", "api")]),
+    ]  # fmt: skip
+    return [Effect(name, level, group, width) for name, level, groups in tables for group, width in groups]
 
 
 class Case:
@@ -104,7 +106,7 @@ class Case:
         Measured TTFT shows no queue where a 16-bit cache would have one.
         """
         row = self.row
-        tokens = self.pool_tokens * (2 if self.work.kv8_read_s or self.work.row8_read_s else 1)
+        tokens = self.pool_tokens * (2 if self.work.eight_bit else 1)
         each = row.isl + row.osl * (1.0 if "reserve_own_output_fraction" in POLICIES[row.engine] else 0.6)
         return max(1, min(self.config.max_num_seqs, int(max(tokens, 2 * each) / each)))
 
@@ -154,7 +156,8 @@ def describe(design: Design, errors: np.ndarray, title: str, *, groups: bool = F
     for engine in ERAS:
         mine = np.array([row.engine == engine for row in rows])
         print(
-            f"{title:28s} {engine:13s} n {mine.sum():4d} TPOT {_percent(errors[0][mine])} TTFT {_percent(errors[1][mine])}"
+            f"{title:28s} {engine:13s} n {mine.sum():4d} "
+            f"TPOT {_percent(errors[0][mine])} TTFT {_percent(errors[1][mine])}"
         )
     if groups:
         for group, count in sorted(Counter(row.group for row in rows).items()):
@@ -184,7 +187,10 @@ def errors_by_basis(design: Design, x: np.ndarray) -> dict[str, np.ndarray]:
     }
     made = {basis: leave_out(design, x, key) for basis, key in keys.items()}
     made["new"] = _without_either(design, x)
+    made["group"] = made["transfer"].copy()
     rows = design.rows
+    for errors in made.values():
+        errors[:, [refused(row) for row in rows]] = np.nan
     for basis, errors in made.items():
         for i, row in enumerate(rows):
             if basis in keys and not _is(basis, row, [o for o in rows if keys[basis](o) != keys[basis](row)]):
@@ -192,9 +198,14 @@ def errors_by_basis(design: Design, x: np.ndarray) -> dict[str, np.ndarray]:
     return made
 
 
+def refused(row: Row) -> bool:
+    """Whether the kit refuses the row's engine version: evidence for a GPU, but no case to predict."""
+    return version_tuple(row.version or "99.0") < version_tuple(str(engine_data(row.engine)["first"]))
+
+
 def _is(basis: str, row: Row, rest: list[Row]) -> bool:
     """Whether the rest of the rows leaves the row in that basis."""
-    near = [other for other in rest if other.engine == row.engine]
+    near = [other for other in rest if other.engine == row.engine and not refused(other)]
     family = any(_family(other) == _family(row) for other in near)
     gpu = any(other.gpu == row.gpu for other in near)
     group = any(other.gpu == row.gpu and _family(other) == _family(row) for other in near)
@@ -217,7 +228,7 @@ def _without_either(design: Design, x: np.ndarray) -> np.ndarray:
 def quantile(design: Design, errors: np.ndarray, chosen: np.ndarray) -> float | None:
     """Absolute log error that COVERAGE of the chosen rows stay within, large groups weighted down."""
     size = Counter(row.group for row in design.rows)
-    weight = np.array([min(1.0, 20 / size[row.group]) for row in design.rows])
+    weight = np.array([min(1.0, ROWS_PER_GROUP / size[row.group]) for row in design.rows])
     use = chosen & np.isfinite(errors)
     if use.sum() < 10:
         return None
@@ -256,26 +267,39 @@ def _record(design: Design, x: np.ndarray, errors: dict, dropped: Counter[str], 
     rows = [row for row in design.rows if engine in (None, row.engine)]
     mean = {name: design.prior[name][0] * factor for name, factor in _plain(design.factors(x, None), None).items()}
     own = _plain(design.factors(x, "engine"), engine) if engine else {}
-    levels = {name: design.factors(x, name) for name in ("era", "architecture", "gpu", "family")}
-    eras = [{"from": first, "length_spread": 0.0 if (engine, i) in EQUAL_LENGTHS else SPREAD,
-             "factors": _round(levels["era"].get((engine, i), {}))} for i, first in enumerate(ERAS.get(engine, ("0.0.0",)))]  # fmt: skip
+    levels = {name: design.factors(x, name) for name in ("era", "architecture", "gpu", "family", "own_family")}
+    own_family = levels["own_family"]
+    families = {name: _product(one, own_family.get((engine, name), {})) for name, one in levels["family"].items()}
+    eras = [
+        {
+            "from": first,
+            "length_spread": 0.0 if (engine, i) in EQUAL_LENGTHS else SPREAD,
+            "factors": _round(levels["era"].get((engine, i), {})),
+        }
+        for i, first in enumerate(ERAS.get(engine, ("0.0.0",)))
+    ]
     return {
         "engine": engine,
         "date": datetime.now(UTC).date().isoformat(),
         "script": "benchmarks/fit_steptime.py",
         "files": list(FILES),
         "rows": {"all": len(rows), "ttft": sum(r.ttft_s is not None for r in rows),
-                 "tpot": sum(r.tpot_s is not None for r in rows), "sources": dict(Counter(r.source for r in rows).most_common(8))},
+                 "tpot": sum(r.tpot_s is not None for r in rows),
+                 "sources": dict(Counter(r.source for r in rows).most_common(4))},
         "left_out_of_the_files": dict(dropped.most_common()),
         "coefficients": _round({name: value * own.get(name, 1.0) for name, value in mean.items()}),
         "eras": eras,
         "architectures": {name: _round(one) for name, one in levels["architecture"].items()},
         "gpus": {name: _round(one) for name, one in levels["gpu"].items()},
-        "families": {name[1]: _round(one) for name, one in levels["family"].items() if name[0] == engine},
-        "groups": sorted({(_family(row), row.gpu) for row in rows}) if engine else [],
+        "families": {name: _round(one) for name, one in families.items()},
+        "groups": sorted({(_family(row), row.gpu) for row in rows if not refused(row)}) if engine else [],
         "factor_90": {b: _round(one) for b, one in factors_90(design, errors, engine).items()},
         "median_error_left_out": {b: _medians(design, errors[b], engine) for b in BASES},
     }  # fmt: skip
+
+
+def _product(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 1.0) * other.get(name, 1.0) for name in {**one, **other}}
 
 
 def _plain(table: dict, level: object) -> dict[str, float]:
@@ -304,7 +328,9 @@ if __name__ == "__main__":
     fitted = np.array([np.log(value / seen) for (value, _), seen in zip(design.predict(x), design.seen, strict=True)])
     describe(design, fitted, "fitted")
     errors = errors_by_basis(design, x)
-    for basis in BASES:
-        describe(design, errors[basis], basis, groups=basis == "transfer")
+    for basis in (*BASES, "group"):
+        describe(design, errors[basis], basis, groups=basis == "group")
+    ERRORS.parent.mkdir(exist_ok=True)
+    np.savez(ERRORS, **errors)
     write(design, x, errors, dropped)
     print(f"{time.time() - begun:.0f} s")

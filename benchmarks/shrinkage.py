@@ -12,12 +12,21 @@ from dataclasses import dataclass, fields
 import numpy as np
 import scipy.sparse as sp
 
-from kit.steptime.model import GROUPS, request_parts, step_parts
+from kit.steptime.model import request_parts, step_parts
 from kit.steptime.work import Work
 
 SCALE = 0.1  # residuals beyond this in log space count less than squared
 STRENGTH = 20.0  # of the priors against the rows: errors within a group of rows are not independent
 ROWS_PER_GROUP = 20  # larger groups of rows are weighted down to this
+GROUPS = {
+    "mem": ("read", "read_e", "kv", "kv8"),
+    "cmp": ("gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_e", "attn"),
+    "link": ("reduce", "reduce_hop", "link"),
+    "host": ("fixed", "layer", "moe_layer", "index_layer", "state_layer", "row", "prefill", "prefill_layer"),
+    "step": ("fixed", "layer", "moe_layer", "index_layer", "state_layer", "prefill", "prefill_layer"),
+    "moe": ("read_e", "gemm_e", "moe_layer"),
+    "request": ("api", "token", "stream"),
+}
 FIELDS = [field.name for field in fields(Work)]
 
 

@@ -2,28 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import log
 from random import Random
 from typing import Any
 
 from kit.catalog import GpuSpec, ModelSpec
 from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
-from kit.memory import plan
-from kit.scheduler import scheduler_config
-from kit.simulator import Simulation, SimulationConfig
+from kit.simulator import Simulation, SimulationConfig, replica
 from kit.simulator.answers import answers
-from kit.steptime import Fitted, StepTime, fitted, work
+from kit.steptime import Fitted, StepTime, fitted, step_time
 from kit.workload import Session, Turn
 
 REQUESTS_PER_STREAM = 10
 OPEN_LOOP_REQUESTS = 400
 TURNAROUND_S = 0.003  # client: from the last token of an answer to the next request
-LATENCIES = ("ttft_s", "tpot_s", "e2el_s")
 KEPT = ("mean", "p50", "p90", "p99")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Ask:
     """One benchmark: lengths, and either streams of a closed loop or requests a second."""
 
@@ -32,10 +28,12 @@ class Ask:
     concurrency: int | None = None
     request_rate: float | None = None
     prefix_hit_fraction: float = 0.0
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
 
-    def check(self, max_model_len: int) -> None:
+    def check(self) -> None:
         """Refuses what no server could be asked."""
-        for name in ("input_tokens", "output_tokens", "concurrency", "request_rate"):
+        for name in ("input_tokens", "output_tokens", "concurrency", "request_rate", "slo_ttft_s", "slo_tpot_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
@@ -43,100 +41,76 @@ class Ask:
             raise UserError("give either --concurrency or --request-rate")
         if not 0 <= self.prefix_hit_fraction <= 1:
             raise UserError(f"--prefix-hit-fraction must lie between 0 and 1, got {self.prefix_hit_fraction:g}")
-        total = self.input_tokens + self.output_tokens
-        if total > max_model_len:
-            raise UserError(f"--input-tokens + --output-tokens = {total} exceed the max_model_len of {max_model_len}")
 
     def sessions(self, spread: float, longest: int) -> Iterator[Session]:
         """The load: lengths vary by `spread` around the mean, at most to `longest` tokens in all."""
-        rng = Random(0)
+        rng, at_s = Random(0), 0.0
         shared = int(self.input_tokens * self.prefix_hit_fraction)
 
-        def turn(pause_s: float) -> Turn:
-            new = max(1, round(self.input_tokens * rng.uniform(1 - spread, 1 + spread)) - shared)
-            out = max(1, round(self.output_tokens * rng.uniform(1 - spread, 1 + spread)))
-            new = min(new, max(1, longest - shared - 1))
-            return Turn(new, min(out, longest - shared - new), pause_s, compact_to=0)
+        def turn() -> Turn:
+            new, out = (round(mean * rng.uniform(1 - spread, 1 + spread)) for mean in lengths)
+            new = min(max(1, new - shared), max(1, longest - shared - 1))
+            return Turn(new, min(max(1, out), longest - shared - new), TURNAROUND_S, compact_to=0)
 
-        at_s = 0.0
+        lengths = (self.input_tokens, self.output_tokens)
         for key in range(self.concurrency or OPEN_LOOP_REQUESTS):
-            count = REQUESTS_PER_STREAM if self.concurrency else 1
+            turns = [turn() for _ in range(REQUESTS_PER_STREAM if self.concurrency else 1)]
             at_s += rng.expovariate(self.request_rate) if self.request_rate else 0.0
-            yield Session(key, at_s, [turn(TURNAROUND_S) for _ in range(count)], shared_prefix_tokens=shared)
+            yield Session(key, at_s, turns, shared_prefix_tokens=shared)
 
 
 def predict(model: ModelSpec, gpu: GpuSpec, config: EngineConfig, ask: Ask) -> dict[str, Any]:
     """Every answer of `kit predict --json`."""
+    ask.check()
     resolved = resolve(config, model, gpu)
-    ask.check(resolved.max_model_len)
-    basis = fitted(model, gpu, resolved)
-    steps = StepTime(work(model, gpu, resolved), basis.coefficients)
-    limits = scheduler_config(resolved, plan(model, gpu, resolved).kv_cache_tokens())
-    longest = min(resolved.max_model_len, limits.kv_blocks * limits.block_size)
+    basis, steps = fitted(model, gpu, resolved), step_time(model, gpu, resolved)
+    limits, _, _ = replica(model, gpu, config)
+    longest = min(limits.max_model_len, limits.kv_blocks * limits.block_size)
     if ask.input_tokens + ask.output_tokens > longest:
-        raise UserError(f"the KV cache holds {longest} tokens: one request of that length does not fit (see kit size)")
-    simulation = Simulation(SimulationConfig(limits, warm=True), steps)
-    simulation.run(ask.sessions(basis.length_spread, longest))
-    found = answers(simulation, None, None, set())
-    result: dict[str, Any] = {name: {part: found[name][part] for part in KEPT} for name in LATENCIES}
-    before_s = steps.request_s(ask.input_tokens, ask.concurrency or 1)
-    _delay(result, before_s)
-    result["itl_s"] = found["itl_s"]
-    result |= _throughput(found, ask, result, before_s)
-    return result | {
-        "intervals": _intervals(result, ask, basis),
-        "limited_by": _limited_by(found, ask, steps, result),
-        "basis": basis.basis,
-        "warnings": list(basis.warnings),
+        limit = "max_model_len" if longest == limits.max_model_len else "KV cache"
+        raise UserError(f"--input-tokens + --output-tokens exceed the {limit} of {longest} tokens")
+    simulation = Simulation(SimulationConfig(limits, warm=True), steps).run(ask.sessions(basis.length_spread, longest))
+    before_s = steps.request_s(ask.input_tokens, ask.concurrency or 1)  # before the scheduler sees a request
+    limit_s = ask.slo_ttft_s and max(1e-9, ask.slo_ttft_s - before_s)
+    found = answers(simulation, limit_s, ask.slo_tpot_s, set())
+    delays = {"ttft_s": before_s, "tpot_s": 0.0, "e2el_s": before_s}
+    result: dict[str, Any] = {
+        name: {part: None if found[name][part] is None else found[name][part] + delay for part in KEPT}
+        for name, delay in delays.items()
     }
+    stretch = 1 + before_s / found["e2el_s"]["mean"] if ask.concurrency else 1.0
+    for name in ("output_tokens_per_s", "requests_per_s"):
+        result[name] = found[name] / stretch
+    result |= {"itl_s": found["itl_s"], "intervals": _intervals(result, ask, basis), "basis": basis.basis}
+    result |= {"slo_attainment_fraction": found["slo_attainment_fraction"], "warnings": list(basis.warnings)}
+    return result | {"limited_by": _limited_by(found["limited_by"], ask, steps, result)}
 
 
-def _delay(result: dict[str, Any], before_s: float) -> None:
-    """API and tokeniser come before the scheduler sees a request."""
-    for name in ("ttft_s", "e2el_s"):
-        for part, value in result[name].items():
-            result[name][part] = None if value is None else value + before_s
-
-
-def _throughput(found: dict[str, Any], ask: Ask, result: dict[str, Any], before_s: float) -> dict[str, float]:
-    """Rates of the run; each request of a stream also spends the time before the scheduler."""
-    stretch = 1.0
-    if ask.concurrency:
-        stretch = 1 + before_s / (result["e2el_s"]["mean"] - before_s)
-    return {name: found[name] / stretch for name in ("output_tokens_per_s", "requests_per_s")}
-
-
-def _intervals(result: dict[str, Any], ask: Ask, basis: Fitted) -> dict[str, list[float]]:
+def _intervals(result: dict[str, Any], ask: Ask, basis: Fitted) -> dict[str, list[float] | None]:
     """90 % intervals from the errors of cases with as much data behind them."""
-    ttft, tpot = basis.ttft_factor, basis.tpot_factor
-    total = result["e2el_s"]["mean"]
-    share = min(1.0, result["ttft_s"]["mean"] / total)
-    rate = ttft**share * tpot ** (1 - share)
-    made = {
-        "ttft_s_mean": _around(result["ttft_s"]["mean"], ttft),
-        "ttft_s_p50": _around(result["ttft_s"]["p50"], ttft),
-        "tpot_s_mean": _around(result["tpot_s"]["mean"], tpot),
-        "output_tokens_per_s": _around(result["output_tokens_per_s"], rate),
-    }
-    if ask.request_rate:  # no more leaves than came
-        low, high = made["output_tokens_per_s"]
-        offered = ask.request_rate * ask.output_tokens
-        made["output_tokens_per_s"] = [low, max(result["output_tokens_per_s"], min(high, offered))]
-    return {name: edges for name, edges in made.items() if edges}
-
-
-def _around(value: float | None, factor: float) -> list[float]:
-    return [] if value is None else [value / factor, value * factor]
-
-
-def _limited_by(found: dict[str, Any], ask: Ask, steps: StepTime, result: dict[str, Any]) -> str:
-    """What holds the most: the queue, prefill, or a part of the decode step."""
-    if found["limited_by"] != "decode":
-        return str(found["limited_by"])
+    share = min(1.0, result["ttft_s"]["mean"] / result["e2el_s"]["mean"])
+    rate = basis.ttft_factor**share * basis.tpot_factor ** (1 - share)
     tokens_per_s = result["output_tokens_per_s"]
-    rows = max(1, round(min(ask.concurrency or tokens_per_s, tokens_per_s * (result["tpot_s"]["mean"] or 0.0))))
+    fastest = ask.request_rate * ask.output_tokens if ask.request_rate else float("inf")  # no more than came
+    return {
+        "ttft_s_mean": _around(result["ttft_s"]["mean"], basis.ttft_factor),
+        "ttft_s_p50": _around(result["ttft_s"]["p50"], basis.ttft_factor),
+        "tpot_s_mean": _around(result["tpot_s"]["mean"], basis.tpot_factor),
+        "output_tokens_per_s": [tokens_per_s / rate, max(tokens_per_s, min(tokens_per_s * rate, fastest))],
+    }
+
+
+def _around(value: float | None, factor: float) -> list[float] | None:
+    return None if value is None else [value / factor, value * factor]
+
+
+def _limited_by(stage: str, ask: Ask, steps: StepTime, result: dict[str, Any]) -> str:
+    """What holds the most: the queue for KV cache, prefill, or a part of the decode step."""
+    tpot_s = result["tpot_s"]["mean"]
+    if stage != "decode" or not tpot_s:
+        return stage
+    rows = max(1, round(min(ask.concurrency or 1e9, result["output_tokens_per_s"] * tpot_s)))
     context = rows * (ask.input_tokens + ask.output_tokens // 2)
-    step_s = steps.step_s((), rows, context)
-    if result["tpot_s"]["mean"] and log(result["tpot_s"]["mean"] / step_s) > log(2):
+    if tpot_s > 2 * steps.step_s((), rows, context):
         return "prefill"  # others' prompts take more than half of the time between tokens
     return steps.limited_by(rows, context)

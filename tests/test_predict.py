@@ -92,7 +92,7 @@ def test_every_engine_answers(engine: str) -> None:
         ({"concurrency": 4, "prefix_hit_fraction": 1.2}, "--prefix-hit-fraction must lie between 0 and 1, got 1.2"),
         ({"concurrency": 4, "request_rate": 2.0}, "give either --concurrency or --request-rate"),
         ({}, "give either --concurrency or --request-rate"),
-        ({"concurrency": 4, "input_tokens": 131_072}, "exceed the max_model_len of 131072"),
+        ({"concurrency": 4, "input_tokens": 131_072}, "exceed the max_model_len of 131072 tokens"),
     ],
 )
 def test_what_no_server_could_be_asked_is_refused(what: dict, text: str) -> None:
@@ -122,7 +122,7 @@ def test_the_command_prints_one_object() -> None:
     [
         (("--concurrency", "8", "--slo-ttft-s", "0"), "--slo-ttft-s must be above 0, got 0"),
         (("--concurrency", "8", "--quantization", "fp7"), "fp7"),
-        (("--concurrency", "8", "--calibration", "nowhere.json"), "nowhere.json"),
+        (("--concurrency", "8", "--gpu-count", "3"), "--tensor-parallel-size 3"),
     ],
 )
 def test_bad_options_are_one_line(arguments: tuple[str, ...], text: str) -> None:

@@ -23,28 +23,15 @@ def command(
     concurrency: Annotated[int | None, typer.Option(help="streams that always have one request open")] = None,
     request_rate: Annotated[float | None, typer.Option(help="requests a second, at random times")] = None,
     prefix_hit_fraction: Annotated[float, typer.Option(help="share of the prompt that is cached")] = 0.0,
-    calibration: Annotated[str | None, typer.Option(help="file of kit calibrate")] = None,
     slo_ttft_s: options.SloTtft = None,
     slo_tpot_s: options.SloTpot = None,
     json_output: options.Json = False,
 ) -> None:
     """Predicts latency and throughput under a closed loop or an open one."""
     from kit import catalog
-    from kit.errors import UserError
     from kit.predict import Ask, predict
 
-    for name, value in (("--slo-ttft-s", slo_ttft_s), ("--slo-tpot-s", slo_tpot_s)):
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be above 0, got {value:g}")
-    ask = Ask(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        concurrency=concurrency,
-        request_rate=request_rate,
-        prefix_hit_fraction=prefix_hit_fraction,
-    )
-    if calibration is not None:
-        raise UserError(f"--calibration {calibration}: kit calibrate is not there yet")
+    ask = Ask(input_tokens, output_tokens, concurrency, request_rate, prefix_hit_fraction, slo_ttft_s, slo_tpot_s)
     result = predict(catalog.model(model), catalog.gpu(gpu), config, ask)
     sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
 
@@ -54,12 +41,12 @@ def _text(result: dict[str, Any]) -> str:
     lines = []
     for name in ("ttft_s", "tpot_s", "itl_s", "e2el_s"):
         parts = [f"{part} {_ms(value)}" for part, value in result[name].items()]
-        low, high = result["intervals"].get(f"{name}_mean", (None, None))
-        band = f"   mean 90 %: {_ms(low)} to {_ms(high)}" if low is not None else ""
-        lines.append(f"{name.removesuffix('_s') + ' ms':<22}{', '.join(parts)}{band}")
-    for name in ("output_tokens_per_s", "requests_per_s"):
-        lines.append(f"{name:<22}{result[name]:,.4g}")
-    lines.append(f"{'limited_by':<22}{result['limited_by']}")
+        band = result["intervals"].get(f"{name}_mean")
+        around = f"   mean, 90 %: {_ms(band[0])} to {_ms(band[1])}" if band else ""
+        lines.append(f"{name.removesuffix('_s') + ' ms':<24}{', '.join(parts)}{around}")
+    for name in ("output_tokens_per_s", "requests_per_s", "slo_attainment_fraction"):
+        lines.append(f"{name:<24}{'unknown' if result[name] is None else format(result[name], ',.4g')}")
+    lines.append(f"{'limited_by':<24}{result['limited_by']}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])]) + "\n"
 
 

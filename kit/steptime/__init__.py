@@ -1,7 +1,4 @@
-"""Seconds of one engine step, and of what surrounds it, for a model on a GPU under an engine version.
-
-`step_time` gives what the simulator and the emulator ask for; `fitted` says how good it is.
-"""
+"""Seconds of one engine step, and of what surrounds it; `fitted` says how good they are for a case."""
 
 from kit.catalog import GpuSpec, ModelSpec
 from kit.engine_config import ResolvedConfig

@@ -12,18 +12,14 @@ ROPE_DIM = 64  # rotary part of an MLA head; every published MLA model has 64
 SPARSE_TOKENS = 2048  # keys that a sparse attention's indexer selects for each query
 GEMM_DTYPES = {"fp8": "fp8", "int8": "int8", "nvfp4": "fp4"}  # the others multiply in 16 bits
 WHOLE = Stage(1.0, True, True)
-# Builds that were measured with an 8-bit cache or cannot be told apart from those that were: bytes are counted at
-# 16 bits and the coefficient takes the difference.
+# Their caches may have had 8 bits where they were measured: bytes count as 16-bit, a coefficient takes the difference.
 EIGHT_BIT_CACHE = ("fp8", "nvfp4")
 Number = Any  # float, or an array of floats in the fit
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Peak-rate seconds of one replica: its ranks work at once, pipeline stages one after the other.
-
-    Every field may also be an array with one entry per measurement: the fit does that.
-    """
+    """Peak-rate seconds of one replica: its ranks work at once, pipeline stages one after the other."""
 
     dense_read_s: Number  # weights that every step reads, on one rank
     expert_read_s: Number  # all routed experts of one rank
@@ -32,14 +28,15 @@ class Work:
     fp8_s: Number
     fp4_s: Number
     expert_s: Number  # routed experts' products of one token
-    kv_read_s: Number  # one token of context, where cache and weights are 16 bit
-    kv8_read_s: Number  # the same where weights or cache are quantised
+    kv_read_s: Number  # one token of context, counted at 16 bits
     row_read_s: Number  # one decode row's filled windows and state
-    row8_read_s: Number
+    eight_bit: Number  # 1 where weights or cache are quantised, 0 elsewhere
     pair_s: Number  # one query looking at one key, in all layers that see everything
     window_pair_s: Number  # one query looking at full windows
     layers: Number
     moe_layers: Number
+    index_layers: Number  # sparse attention: layers that score and select their keys first
+    state_layers: Number  # linear attention and state-space layers
     reduces: Number  # all-reduces of a step, 0 on one GPU
     reduce_hops: Number  # the same, times log2 of the ranks
     link_s: Number  # all-reduces of one token at the link's bandwidth
@@ -54,12 +51,10 @@ def work(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> Work:
     used = model.counts.experts * share
     gemm, expert_gemm = _dtypes(model, gpu, config)
     dense_s = 2 * (model.active_parameters - used) / ranks / gpu.flops_per_s(gemm)
-    row, kv = _reads(model, config.tensor_parallel_size)
+    row, kv, pair, window, latent = _attention(model, ranks)
     bf16 = gpu.flops_per_s("bf16") * ranks
-    full, sliding = _pair_flops(model)
-    kv_s, row_s = kv / bandwidth + _mla_decode_flops(model) / bf16, row / bandwidth
-    small = config.quantization in EIGHT_BIT_CACHE or config.kv_cache_dtype == "fp8"
-    reduces = 2 * model.num_hidden_layers if ranks > 1 else 0
+    sent_bytes = 2 * 2 * (ranks - 1) / ranks * model.hidden_size  # of one token in a ring all-reduce
+    reduces = 2.0 * model.num_hidden_layers if ranks > 1 else 0.0
     return Work(
         dense_read_s=dense_bytes / bandwidth,
         expert_read_s=expert_bytes / bandwidth,
@@ -68,17 +63,18 @@ def work(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> Work:
         fp8_s=dense_s if gemm in ("fp8", "int8") else 0.0,
         fp4_s=dense_s if gemm == "fp4" else 0.0,
         expert_s=2 * used / ranks / gpu.flops_per_s(expert_gemm),
-        kv_read_s=0.0 if small else kv_s,
-        kv8_read_s=kv_s if small else 0.0,
-        row_read_s=0.0 if small else row_s,
-        row8_read_s=row_s if small else 0.0,
-        pair_s=full / bf16,
-        window_pair_s=sliding / bf16,
+        kv_read_s=kv / bandwidth + latent / bf16,
+        row_read_s=row / bandwidth,
+        eight_bit=float(config.quantization in EIGHT_BIT_CACHE or config.kv_cache_dtype == "fp8"),
+        pair_s=pair / bf16,
+        window_pair_s=window / bf16,
         layers=float(model.num_hidden_layers),
         moe_layers=float(experts.num_moe_layers if experts else 0),
-        reduces=float(reduces),
+        index_layers=float(sum(g.num_layers for g in model.attention if g.indexer_bytes)),
+        state_layers=float(sum(g.num_layers for g in model.state)),
+        reduces=reduces,
         reduce_hops=reduces * log2(ranks),
-        link_s=_sent_bytes(model, ranks) / gpu.link_bytes_per_s,
+        link_s=reduces * sent_bytes / gpu.link_bytes_per_s,
     )
 
 
@@ -98,28 +94,29 @@ def _bytes(model: ModelSpec, config: ResolvedConfig) -> tuple[float, float]:
 def _dtypes(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> tuple[str, str]:
     """GEMM dtypes of dense layers and of experts, by what this GPU multiplies natively."""
     rates, name = gpu.dense_flops_per_s, config.quantization
-    native = GEMM_DTYPES.get(name, "bf16")
-    if not rates.get(native):
-        native = "bf16"
+    native = GEMM_DTYPES[name] if rates.get(GEMM_DTYPES.get(name, "")) else "bf16"
     if name == "mxfp4":  # 8-bit activations where the card has 4-bit units, 16-bit ones elsewhere
         return "bf16", "fp8" if rates.get("fp4") else "bf16"
     return ("bf16" if model.moe and name == "nvfp4" else native), native
 
 
-def _reads(model: ModelSpec, ranks: int) -> tuple[float, float]:
-    """Bytes on one rank with a 16-bit cache: state and filled windows of a row, one token of context."""
+def _attention(model: ModelSpec, ranks: int) -> tuple[float, float, float, float, float]:
+    """Bytes of a row and of a token of context, on one rank with a 16-bit cache; FLOPs of a query-key pair, of a
+    token in layers that see a window or selected keys, and of a token of context under MLA's absorbed heads.
+    """
     row = sum(2 * g.num_layers * g.bytes_per_sequence(ranks) for g in model.state)
-    kv = 0.0
+    kv = pair = window = latent = 0.0
     for group in model.attention:
-        one = group.num_layers * group.bytes_per_token(2, ranks)
-        if group.window is not None:
-            row += one * group.window
-        elif group.kind == "mla" and group.indexer_bytes:
-            row += group.num_layers * group.latent_dim * 2 * SPARSE_TOKENS
-            kv += group.num_layers * group.indexer_bytes
-        else:
-            kv += one
-    return row, kv
+        per_dim = 2.0 * group.num_layers * model.num_attention_heads
+        one, index = (group.num_layers * x for x in (group.bytes_per_token(2, ranks), group.indexer_bytes))
+        flops = per_dim * _head_dims(model, group)
+        if keys := group.window or (SPARSE_TOKENS if index else 0):
+            row, window, kv = row + (one - index) * keys, window + flops * keys, kv + index
+            continue
+        kv, pair = kv + one, pair + flops / group.compress_ratio
+        if group.kind == "mla":
+            latent += per_dim * (2 * group.latent_dim - ROPE_DIM)
+    return row, kv, pair, window, latent
 
 
 def _head_dims(model: ModelSpec, group: AttentionGroup) -> int:
@@ -127,33 +124,4 @@ def _head_dims(model: ModelSpec, group: AttentionGroup) -> int:
     if group.kind != "mla":
         return 2 * group.head_dim
     rank = group.latent_dim - ROPE_DIM
-    absorbed = model.absorbed_parameters // max(1, group.num_layers * rank * model.num_attention_heads)
-    return absorbed + ROPE_DIM
-
-
-def _pair_flops(model: ModelSpec) -> tuple[float, float]:
-    """FLOPs of one query-key pair in layers that see all, and of one token in full windows."""
-    full = sliding = 0.0
-    for group in model.attention:
-        one = 2.0 * group.num_layers * model.num_attention_heads * _head_dims(model, group)
-        if group.window is not None:
-            sliding += one * group.window
-        elif group.indexer_bytes:
-            sliding += one * SPARSE_TOKENS
-        else:
-            full += one / group.compress_ratio
-    return full, sliding
-
-
-def _mla_decode_flops(model: ModelSpec) -> float:
-    """FLOPs of one decode row per token of context: every head multiplies with the whole latent."""
-    return sum(
-        2.0 * g.num_layers * model.num_attention_heads * (2 * g.latent_dim - ROPE_DIM)
-        for g in model.attention
-        if g.kind == "mla" and not g.indexer_bytes
-    )
-
-
-def _sent_bytes(model: ModelSpec, ranks: int) -> float:
-    """Bytes that each rank sends for one token: two ring all-reduces a layer, 16 bit."""
-    return 2 * model.num_hidden_layers * 2 * (ranks - 1) / ranks * 2 * model.hidden_size
+    return model.absorbed_parameters // max(1, group.num_layers * rank * model.num_attention_heads) + ROPE_DIM
