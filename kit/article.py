@@ -168,14 +168,6 @@ def _ttft_multiple(case: scenario.Scenario, gpu: GpuSpec, queue: int = 0) -> flo
     return (case.slo["ttft_s"] or inf) / _prefill_s(find_model(case.model), gpu, tokens)
 
 
-def _growth(case: scenario.Scenario, of: str) -> float:
-    sizes: list[float] = [case.growth_tokens[0], case.growth_tokens[-1]]
-    if of == "reserved":
-        model, gpu = find_model(case.model), find_gpu(case.gpus[-1])
-        sizes = [_held(model, gpu, context_tokens=int(n)).memory.budget.size_bytes for n in sizes]
-    return sizes[1] / sizes[0]
-
-
 def _paused_kept(case: scenario.Scenario, gpu: GpuSpec, **flags: Any) -> int:
     spec = find_model(case.model)
     held = scenario.hold(spec, gpu, case.config(spec, **flags), case.demand())
@@ -197,7 +189,9 @@ CALCULATIONS: dict[str, Callable[..., float]] = {
     "kv_gb": lambda model, context_tokens: model.kv_bytes_per_token() * context_tokens / GB,
     "share_sum": _share_sum,  # what a scenario's engines take of the fullest GPU, as a multiple
     # fewest GPUs over which a scenario's engines fit
-    "engine_gpus": lambda case, gpu: next((n for n in scenario.COUNTS if _share_sum(case, gpu, n) <= 1), inf),
+    "engine_gpus": lambda case, gpu: next(
+        (n for n, _ in enumerate(case.models, 1) if _share_sum(case, gpu, n) <= 1), inf
+    ),
     "total_gb": lambda gpu: gpu.memory_bytes / GB,
     "usable_gb": lambda **asked: _held(**asked).memory.budget.size_bytes / GB,
     "share": lambda **asked: _held(**asked).memory.config.gpu_memory_utilization,
@@ -207,6 +201,7 @@ CALCULATIONS: dict[str, Callable[..., float]] = {
     "prefill_s": _prefill_s,  # at the datasheet's full rate: a lower bound
     "ttft_multiple": _ttft_multiple,  # TTFT limit over the prefill bound, prompts queued before it
     "burst_calls": lambda case, counts: case.arrivals["count"] * (case.turns if counts == "sessions" else 1),
-    "growth": _growth,  # last turn over first, of a session's KV cache or of the reserved memory
+    "growth": lambda case: case.growth_tokens[-1] / case.growth_tokens[0],  # of a session's KV cache, by the last turn
+    "ratio": lambda of, to: compute(of) / compute(to),
     "paused_kept": _paused_kept,  # paused sessions that stay in the pool beside the active ones
 }

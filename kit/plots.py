@@ -54,7 +54,7 @@ def memory_by_gpu(held: Sequence[Held], *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     names = [short_name(one.memory.gpu) for one in held]
     parts = pd.DataFrame([parts_gib(one.memory) for one in held], index=names)
-    parts.plot.barh(ax=ax, stacked=True, color=PARTS, width=0.62)
+    parts.plot.barh(ax=ax, stacked=True, color=[*PARTS.values()], width=0.62)
     visible, rows = np.array([gib(one.memory.gpu.memory_bytes) for one in held]), np.arange(len(held))
     ax.vlines(visible, rows - 0.42, rows + 0.42, color="#1f2429", linewidth=1.6)
     ends = np.maximum(parts.sum(axis=1), visible)

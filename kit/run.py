@@ -70,15 +70,12 @@ def reachable(base_url: str) -> str:
 
 def select(wanted: Sequence[str], folder: Path | None = None) -> list[Path]:
     """The notebooks in order, all of them or those named by number or name."""
-    folder = folder or NOTEBOOKS
-    paths = {path.stem: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    paths = sorted((folder or NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))
     if not paths:
-        raise UserError(f"no notebooks in {folder}; kit run works from a clone of the project")
-    numbers = {stem[:2]: stem for stem in paths}
-    if wrong := set(wanted) - paths.keys() - numbers.keys():
-        raise unknown("notebook", min(wrong), paths)
-    chosen = {numbers.get(name, name) for name in wanted} or set(paths)
-    return [path for stem, path in paths.items() if stem in chosen]
+        raise UserError(f"no notebooks in {folder or NOTEBOOKS}; kit run works from a clone of the project")
+    if wrong := set(wanted) - {name for path in paths for name in (path.stem, path.stem[:2])}:
+        raise unknown("notebook", min(wrong), [path.stem for path in paths])
+    return [path for path in paths if not wanted or {path.stem, path.stem[:2]} & set(wanted)]
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
