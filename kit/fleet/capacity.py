@@ -17,8 +17,8 @@ from kit.simulator import COLUMNS, TICKS_PER_S, Simulation, SimulationConfig, St
 from kit.workload import Session, Workload
 
 Floats = npt.NDArray[np.float64]
-RAMP_S = 1500.0  # the load grows e-fold in this time: slow against a session
-FIRST_PER_S = 0.01  # sessions per second at its start
+RAMP_S = 600.0  # the load grows e-fold in this time: slow against a session
+FIRST_PER_S = 0.02  # sessions per second at its start
 BIN_TURNS = 250
 
 
@@ -71,7 +71,12 @@ def completed(sim: Simulation, slo: dict[str, float | None]) -> pd.DataFrame:
 
 
 def measure(
-    scheduler: SchedulerConfig, step_time: StepTime, workload: Workload, slo: dict[str, Any], factor: float = 1.0
+    scheduler: SchedulerConfig,
+    step_time: StepTime,
+    workload: Workload,
+    slo: dict[str, Any],
+    factor: float = 1.0,
+    ramp_s: float = RAMP_S,
 ) -> dict[str, Any]:
     """The curves of a Kind: sessions on a ramp until turns wait ten times the limit, steps `factor` times as long."""
     scaled = SimpleNamespace(
@@ -85,8 +90,8 @@ def measure(
         nonlocal stopped_s
         rng, waiting, grown = np.random.default_rng(3), sim.replicas[0].scheduler.waiting, 0.0
         while not waiting or sim.now - waiting[0].times[0] < longest_s * TICKS_PER_S:
-            grown += rng.exponential() / (FIRST_PER_S * RAMP_S)
-            yield workload.session.draw(rng, 0, RAMP_S * float(np.log1p(grown)))
+            grown += rng.exponential() / (FIRST_PER_S * ramp_s)
+            yield workload.session.draw(rng, 0, ramp_s * float(np.log1p(grown)))
             stopped_s = sim.now / TICKS_PER_S
 
     turns = completed(sim.run(ramp()), slo)

@@ -4,6 +4,7 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from math import ceil
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from kit.catalog import gpu as find_gpu
 from kit.catalog import model as find_model
 from kit.catalog.paths import DATA, load_yaml
 from kit.errors import UserError, unknown
-from kit.fleet.capacity import Kind, completed, measure
+from kit.fleet.capacity import RAMP_S, Kind, completed, measure
 from kit.fleet.control import TICK_S, Fleet, Group
 from kit.fleet.day import FleetDay
 from kit.fleet.month import run_minutes
@@ -52,7 +53,6 @@ class Study:
         self.traffic = Traffic(case, self.settings, days, seed)
         self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
         self.peak_per_s, self.kinds = float(self.turns_per_s.max()), dict[tuple[str, str], Kind]()
-        self.gpu = self.settings.gpu or self._cheapest_gpu()
 
     def kind(self, gpu_key: str, model_key: str) -> Kind:
         """A replica of the model on that GPU, its capacity simulated once; refused where the model leaves no room."""
@@ -68,18 +68,10 @@ class Study:
             limits = replace(limits, enable_prefix_caching=self.settings.prefix_caching)
             lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
             factor = fitted(model, gpu, held.memory.config).tpot_factor
-            slow, mid, fast = (
-                Kind(
-                    gpu,
-                    count,
-                    limits,
-                    steps,
-                    lead_s,
-                    **measure(limits, steps, self.traffic.workload, self.case.slo, by),
-                )
-                for by in (factor, 1.0, 1 / factor)
-            )
-            self.kinds[key] = replace(mid, target_interval=(slow.target_per_s, fast.target_per_s))
+            load = limits, steps, self.traffic.workload, self.case.slo
+            made = Kind(gpu, count, limits, steps, lead_s, **measure(*load))
+            low, high = (replace(made, **measure(*load, by, RAMP_S / 3)).target_per_s for by in (factor, 1 / factor))
+            self.kinds[key] = replace(made, target_interval=(low, high))
         return self.kinds[key]
 
     def price(self, gpu: str, market: str) -> prices.GpuPrice:
@@ -88,8 +80,11 @@ class Study:
             return row
         raise UserError(f"no {market} price of {gpu} at {self.settings.provider or 'any provider'}: give one in prices")
 
-    def _cheapest_gpu(self) -> str:
-        """Of the scenario's GPUs the one whose replicas for the peak cost least on demand, the SLO first."""
+    @cached_property
+    def gpu(self) -> str:
+        """The chosen GPU, or of the scenario's the one whose replicas for the peak cost least, the SLO first."""
+        if self.settings.gpu:
+            return str(self.settings.gpu)
         costs, reasons = {}, []
         for gpu in self.case.gpus:
             try:
@@ -234,9 +229,11 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
     """Each policy's row, the cheapest that meets the SLO for 95 % of the turns, or the nearest where none does."""
     rows: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
-    for name in study.policies if policies == "all" else policies.split(","):
+    names = list(study.policies) if policies == "all" else policies.split(",")
+    for name in names:
         if name not in study.policies:
             raise unknown("policy", name, [*study.policies, "all"])
+    for name in names:
         try:
             rows[name] = study.row(name)
         except UserError as error:
