@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.errors import UserError
 from kit.scheduler import (
     OPEN_END,
     BlockPool,
@@ -15,7 +14,6 @@ from kit.scheduler import (
     Scheduler,
     SchedulerConfig,
     lru_hit_fraction,
-    scheduler_config,
 )
 
 POLICIES = [
@@ -314,12 +312,6 @@ def test_admission_limits_refuse_with_a_reason(limits: dict, text: str) -> None:
     scheduler = Scheduler(SchedulerConfig(**{"kv_blocks": 100, **limits}))
     answers = [scheduler.add(Request(key, 50, 10)) for key in range(2)]
     assert text in answers[-1]
-
-
-def test_no_room_for_a_cache_is_refused() -> None:
-    config = SimpleNamespace(block_size=16)
-    with pytest.raises(UserError, match="no room for a KV cache"):
-        scheduler_config(config, 15)
 
 
 def test_lru_hit_fraction_counts_blocks() -> None:

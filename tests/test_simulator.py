@@ -68,7 +68,7 @@ def test_a_newcomer_joins_at_the_end_of_the_step_under_way() -> None:
     rows = table(sim)
     newcomer = rows["key"] == 1
     assert rows["admitted_s"][newcomer][0] == pytest.approx(0.011 + 5 * 0.01)
-    assert sim.intervals.count == 100
+    assert sum(sim.intervals.counts) == 100
 
 
 def test_join_waits_for_the_slowest_child() -> None:
@@ -301,6 +301,7 @@ def test_command_prints_one_object_with_every_key() -> None:
         (("--workload", "voice", "--duration", "inf"), "--duration must be above 0, got inf"),
         (("--workload", "voice", "--seed", "-1"), "--seed must be above -1, got -1"),
         (("--workload", "voise"), "nearest: voice"),
+        (("--workload", "voice", "--gpu", "t4-16gb"), "llama-3.1-8b leaves no room for a KV cache on 1 x t4-16gb"),
         (("--workload", "voice", "--routing", "random"), "unknown routing 'random'"),
         (("--trace", "x"), "--trace needs --trace-format: azure"),
         (("--trace", "nowhere.csv", "--trace-format", "azure"), "no such trace file: nowhere.csv"),

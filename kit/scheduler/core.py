@@ -94,7 +94,8 @@ class Scheduler:
         missing = self.clock + steps - self._grown
         if missing > 0:
             cycles, rest = divmod(missing, self.config.block_size)
-            self.pool.take(cycles * self.decodes + sum(self._need(self._grown + step) for step in range(rest)))
+            rest_blocks = sum(map(self._need, range(self._grown, self._grown + rest)))
+            self.pool.take(cycles * self.decodes + rest_blocks)
             self._grown += missing
             self.peak_used = max(self.peak_used, self.pool.used)
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from kit.engine_config import ResolvedConfig
-from kit.errors import UserError
 from kit.scheduler.request import SchedulerConfig
 
 LIMITS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
@@ -20,7 +19,5 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 def scheduler_config(config: ResolvedConfig, kv_cache_tokens: int) -> SchedulerConfig:
     """Limits and policy of a replica whose KV cache holds `kv_cache_tokens`."""
-    if kv_cache_tokens < config.block_size:
-        raise UserError("the model leaves no room for a KV cache on this GPU (see kit size)")
     limits = {name: getattr(config, name) for name in LIMITS}
     return SchedulerConfig(kv_cache_tokens // config.block_size, **limits, **POLICIES[config.engine])

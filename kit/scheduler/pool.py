@@ -86,9 +86,10 @@ class BlockPool:
             if upto <= start:
                 break
             extent = self._extents[key]
-            more = max(0, min(upto, end) - start - extent[0])
-            extent[0] += more
-            moved += more
+            more = min(upto, end) - start - extent[0]
+            if more > 0:
+                extent[0] += more
+                moved += more
             start = end
         return moved
 

@@ -1,7 +1,6 @@
 """What a finished simulation says: latencies, sessions, cache survival, bursts, task times."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,7 @@ from kit.simulator.loop import COLUMNS, Simulation
 from kit.simulator.steps import TICKS_PER_S
 from kit.workload import Session
 
-Floats = npt.NDArray[np.float64]
+Turns = npt.NDArray[np.void]  # COLUMNS as fields
 PAUSES_S: tuple[float | None, ...] = (0.0, 1.0, 10.0, 60.0, 300.0, 3600.0, None)  # None: no limit
 CACHED_FRACTION = 0.9  # a turn is a hit when this much of what it could reuse was cached
 SERIES_POINTS = 120
@@ -25,25 +24,25 @@ def answers(
     sim: Simulation, slo_ttft_s: float | None, slo_tpot_s: float | None, burst_keys: set[int]
 ) -> dict[str, Any]:
     """Every answer of one run under the names of `kit simulate --json`."""
-    turns = _columns(sim)
-    requests, in_burst = _requests(sim, turns, slo_ttft_s, burst_keys)
+    turns, span_s = columns(sim), sim.now / TICKS_PER_S
+    judged = _judged(sim, turns, slo_ttft_s)
+    requests = _requests(judged, span_s)
+    in_burst = np.isin(judged["key"], list(burst_keys)) & (judged["turn"] == 0)
     good = metrics.meets_slo(requests, slo_ttft_s, slo_tpot_s)
-    judged = len(in_burst) and (slo_ttft_s is not None or slo_tpot_s is not None)
-    done = len(turns["turn"])
-    misses = len(in_burst) - done
-    usage = [replica.kv_cache_usage_mean(sim.now) for replica in sim.replicas]
+    done, misses = len(turns), len(judged) - len(turns)
+    has_slo = slo_ttft_s is not None or slo_tpot_s is not None
     pools = [replica.scheduler for replica in sim.replicas]
     asked = sum(scheduler.query_tokens for scheduler in pools)
-    span_s = sim.now / TICKS_PER_S
+    peak = max(scheduler.peak_used / scheduler.pool.total for scheduler in pools)
     return {
         "ttft_s": metrics.summarize(requests.ttft_s(), misses),
         "tpot_s": metrics.summarize(requests.tpot_s(), misses),
         "itl_s": {f"p{percent}": sim.intervals.percentile_s(percent) for percent in (50, 99)},
         "e2el_s": metrics.summarize(requests.e2el_s(), misses),
-        "intervals": dict.fromkeys(MODELLED),  # unknown: the step time is not calibrated
+        "intervals": dict.fromkeys(MODELLED),  # unknown: errors were measured for closed loops alone
         "output_tokens_per_s": float(turns["output_len"].sum()) / span_s if span_s else None,
         "requests_per_s": done / span_s if span_s else None,
-        "limited_by": _limited_by(sim, turns),
+        "limited_by": _limited_by(turns, kv_cache_full=peak > 0.95),
         "completed": done,
         "refused": len(sim.refused),
         "unfinished": sim.planned - done - len(sim.refused),
@@ -51,12 +50,9 @@ def answers(
         "refusals": sim.refusals,
         "prefix_hit_fraction": sum(s.hit_tokens for s in pools) / asked if asked else None,
         "preemptions": sum(scheduler.preemptions for scheduler in pools),
-        "kv_cache_usage": {
-            "mean": float(np.mean(usage)),
-            "max": max(scheduler.peak_used / scheduler.pool.total for scheduler in pools),
-        },
-        "slo_attainment_fraction": float(good.mean()) if judged else None,
-        "burst": _burst(requests, in_burst, slo_ttft_s),
+        "kv_cache_usage": {"mean": float(np.mean([r.kv_cache_usage_mean(sim.now) for r in sim.replicas])), "max": peak},
+        "slo_attainment_fraction": _share(good) if has_slo else None,
+        "burst": _burst(judged, in_burst, slo_ttft_s, span_s),
         "sessions": _sessions(turns, span_s),
         **_cache(turns),
         "task_s": _tasks(turns),
@@ -88,83 +84,65 @@ def largest_passing_burst(
     return good
 
 
-def _columns(sim: Simulation) -> dict[str, Floats]:
-    table = np.frombuffer(sim.turns, dtype=float).reshape(-1, len(COLUMNS))
-    return {name: table[:, index] for index, name in enumerate(COLUMNS)}
+def columns(sim: Simulation) -> Turns:
+    """The completed turns, with COLUMNS as fields."""
+    return np.frombuffer(sim.turns, [(name, float) for name in COLUMNS])
 
 
-def _requests(
-    sim: Simulation, turns: dict[str, Floats], slo_ttft_s: float | None, burst_keys: set[int]
-) -> tuple[metrics.Requests, metrics.Bools]:
-    """Turns that can be judged (completed, refused, late in flight); which start the burst."""
+def _judged(sim: Simulation, turns: Turns, slo_ttft_s: float | None) -> Turns:
+    """Turns that can be judged, by arrival: completed, or refused or late in flight with NaN for what never was."""
     limit = float("inf") if slo_ttft_s is None else slo_ttft_s * TICKS_PER_S
-    missed = sim.refused + [
-        request for request in sim.in_flight.values() if len(request.times) < 3 and sim.now - request.times[0] > limit
-    ]
-    rest = {
-        "arrival_s": [request.times[0] / TICKS_PER_S for request in missed],
-        "key": [request.owner.session.key for request in missed],
-        "turn": [request.owner.turn for request in missed],
-        "session": [request.owner.number for request in missed],
-    }
-
-    def join(name: str) -> Floats:
-        return np.concatenate([turns[name], rest.get(name, [np.nan] * len(missed))])[order]
-
-    order = np.arange(len(turns["turn"]) + len(missed))
-    order = np.lexsort((abs(join("session")), join("arrival_s")))
-    arrival, end = join("arrival_s"), join("end_s")
-    requests = metrics.Requests(
-        scheduled_s=arrival, sent_s=arrival, first_token_s=join("first_s"), last_token_s=end,
-        end_s=np.where(np.isnan(end), sim.now / TICKS_PER_S, end),
-        output_tokens=np.nan_to_num(join("output_len")), ok=~np.isnan(end),
-    )  # fmt: skip
-    return requests, np.isin(join("key"), list(burst_keys)) & (join("turn") == 0)
+    late = (one for one in sim.in_flight.values() if len(one.times) < 3 and sim.now - one.times[0] > limit)
+    missed = [*sim.refused, *late]
+    rest = np.full(len(missed), np.nan, turns.dtype)
+    for row, request in zip(rest, missed, strict=True):
+        state, arrival_s = request.owner, request.times[0] / TICKS_PER_S
+        row["session"], row["turn"], row["key"] = state.number, state.turn, state.session.key
+        row["arrival_s"] = arrival_s
+    both = np.concatenate([turns, rest])
+    return both[np.lexsort((abs(both["session"]), both["arrival_s"]))]
 
 
-def _limited_by(sim: Simulation, turns: dict[str, Floats]) -> str:
+def _requests(turns: Turns, span_s: float) -> metrics.Requests:
+    arrival, end = turns["arrival_s"], turns["end_s"]
+    ended, tokens = np.where(np.isnan(end), span_s, end), np.nan_to_num(turns["output_len"])
+    return metrics.Requests(arrival, arrival, turns["first_s"], end, ended, tokens, ~np.isnan(end))
+
+
+def _limited_by(turns: Turns, *, kv_cache_full: bool) -> str:
     """Where turns spend most of their time, and what they queue for."""
     moments = ("arrival_s", "admitted_s", "first_s", "end_s")
     queue, prefill, decode = (float((turns[b] - turns[a]).sum()) for a, b in pairwise(moments))
     if decode >= max(queue, prefill):
         return "decode"
-    full = max(r.scheduler.peak_used / r.scheduler.pool.total for r in sim.replicas) > 0.95
-    return "kv_cache" if queue > prefill and full else "prefill"
+    return "kv_cache" if queue > prefill and kv_cache_full else "prefill"
 
 
-def _burst(requests: metrics.Requests, chosen: metrics.Bools, slo_ttft_s: float | None) -> dict[str, Any]:
+def _burst(turns: Turns, chosen: metrics.Bools, slo_ttft_s: float | None, span_s: float) -> dict[str, Any]:
     """How the burst was taken: the chosen turns, or else those of the busiest minute."""
-    at_s = requests.scheduled_s
+    at_s = turns["arrival_s"]
     if len(at_s) and not chosen.any():
-        arrival = np.sort(at_s)
-        within = np.searchsorted(arrival, arrival + 60.0) - np.arange(len(arrival))
-        start = arrival[int(within.argmax())]
-        chosen = (at_s >= start) & (at_s < start + 60.0)
-    columns = (getattr(requests, field.name) for field in fields(requests)[:7])
-    part = metrics.Requests(*(column[chosen] for column in columns))
-    return {"requests": int(chosen.sum()), **metrics.burst_absorption(part, slo_ttft_s)}
+        start_s = at_s[(np.searchsorted(at_s, at_s + 60.0) - np.arange(len(at_s))).argmax()]
+        chosen = (at_s >= start_s) & (at_s < start_s + 60.0)
+    taken = metrics.burst_absorption(_requests(turns[chosen], span_s), slo_ttft_s)
+    return {"requests": int(chosen.sum()), **taken}
 
 
-def _sessions(turns: dict[str, Floats], span_s: float) -> dict[str, Any]:
+def _sessions(turns: Turns, span_s: float) -> dict[str, Any]:
     """Sessions that are active, queued and paused: mean and maximum over time, and a series."""
-    order = np.lexsort((turns["turn"], turns["session"]))
-    arrival, admitted, end = (turns[name][order] for name in ("arrival_s", "admitted_s", "end_s"))
-    follows = np.diff(turns["session"][order]) == 0
-    spans = {
-        "active": (admitted, end),
-        "queued": (arrival, admitted),
-        "paused": (end[:-1][follows], arrival[1:][follows]),
-    }
+    ordered = turns[np.lexsort((turns["turn"], turns["session"]))]
+    arrival, admitted, end = (ordered[name] for name in ("arrival_s", "admitted_s", "end_s"))
+    follows = np.diff(ordered["session"]) == 0
+    paused = end[:-1][follows], arrival[1:][follows]
+    spans = {"active": (admitted, end), "queued": (arrival, admitted), "paused": paused}
     grid = np.linspace(0.0, span_s, SERIES_POINTS)
     result: dict[str, Any] = {"series": {"t_s": grid.tolist()}}
     for name, (begin, stop) in spans.items():
         begin, stop = np.sort(begin), np.sort(stop)
         at = np.searchsorted(begin, grid, "right") - np.searchsorted(stop, grid, "right")
         peak = np.arange(1, len(begin) + 1) - np.searchsorted(stop, begin, "right")
-        result[name] = {
-            "mean": float((stop - begin).sum() / span_s) if span_s else None,
-            "max": int(peak.max()) if len(peak) else 0,
-        }
+        mean = float((stop - begin).sum() / span_s) if span_s else None
+        result[name] = {"mean": mean, "max": int(peak.max(initial=0))}
         result["series"][name] = at.tolist()
     held = turns["pause_s"] * turns["reusable_tokens"]
     active = (turns["end_s"] - turns["admitted_s"]) * turns["input_len"]
@@ -172,33 +150,26 @@ def _sessions(turns: dict[str, Floats], span_s: float) -> dict[str, Any]:
     return result
 
 
-def _cache(turns: dict[str, Floats]) -> dict[str, Any]:
+def _cache(turns: Turns) -> dict[str, Any]:
     """P(prefix still cached) by the pause before a turn, and TTFT of first, hit and missed turns."""
     pause_s, resumed = turns["pause_s"], turns["reusable_tokens"] > 0
     hit = resumed & (turns["hit_tokens"] >= CACHED_FRACTION * turns["reusable_tokens"])
     ttft, rows = turns["first_s"] - turns["arrival_s"], []
     for low, high in pairwise(PAUSES_S):
         chosen = resumed & (pause_s >= (low or 0.0)) & (pause_s < (high or np.inf))
-        share = float(hit[chosen].mean()) if chosen.any() else None
-        counted = {"turns": int(chosen.sum()), "cached_fraction": share}
+        counted = {"turns": int(chosen.sum()), "cached_fraction": _share(hit[chosen])}
         rows.append({"pause_from_s": low, "pause_to_s": high, **counted})
-    mixture = {
-        name: {"fraction": float(chosen.mean()) if len(chosen) else None, **metrics.summarize(ttft[chosen])}
-        for name, chosen in {"first": ~resumed, "hit": hit, "miss": resumed & ~hit}.items()
-    }
+    kinds = {"first": ~resumed, "hit": hit, "miss": resumed & ~hit}
+    mixture = {name: {"fraction": _share(kind), **metrics.summarize(ttft[kind])} for name, kind in kinds.items()}
     return {"prefix_still_cached": rows, "ttft_mixture": mixture}
 
 
-def _tasks(turns: dict[str, Floats]) -> dict[str, Any]:
-    """First arrival to last token of sessions with all turns done, and the server's share of it."""
-    roots = turns["session"] > 0
-    session = turns["session"][roots].astype(int)
-    size = int(session.max(initial=0)) + 1
-    start = np.full(size, np.inf)
-    np.minimum.at(start, session, turns["arrival_s"][roots])
-    served = np.bincount(session, (turns["end_s"] - turns["arrival_s"])[roots], size)
-    done = roots & (turns["last_turn"] == 1)
-    ended = turns["session"][done].astype(int)
-    task = turns["end_s"][done] - start[ended]
-    share = float(served[ended].sum() / task.sum()) if task.sum() else None
-    return {**metrics.summarize(task), "served_fraction": share}
+def _share(values: metrics.Bools) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _tasks(turns: Turns) -> dict[str, Any]:
+    """First arrival to last token of sessions with all turns done, sub-agents' own left out."""
+    first, last = (turns[(turns["session"] > 0) & chosen] for chosen in (turns["turn"] == 0, turns["last_turn"] == 1))
+    first.sort(order="session")
+    return metrics.summarize(last["end_s"] - first["arrival_s"][np.searchsorted(first["session"], last["session"])])

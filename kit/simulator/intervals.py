@@ -1,7 +1,7 @@
 """Intervals between tokens, counted exactly into bins one per cent wide."""
 
-from bisect import bisect_right
-from itertools import pairwise
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 
 class IntervalHistogram:
@@ -9,19 +9,14 @@ class IntervalHistogram:
 
     >>> histogram = IntervalHistogram(10**6)
     >>> histogram.add_run(first=10_000, step=100, steps=101, weight=2)
-    >>> histogram.count, round(histogram.percentile_s(50), 4)
+    >>> sum(histogram.counts), round(histogram.percentile_s(50), 4)
     (202, 0.015)
     """
 
     def __init__(self, ticks_per_s: int) -> None:
         self.ticks_per_s = ticks_per_s
-        self.edges = [int(ticks_per_s * 1e-6 * 1.01**i) for i in range(2100)] + [1 << 100]
+        self.edges = [0, *(int(ticks_per_s * 1e-6 * 1.01**i) for i in range(2100)), 1 << 100]
         self.counts = [0] * len(self.edges)
-
-    @property
-    def count(self) -> int:
-        """Intervals in all."""
-        return sum(self.counts)
 
     def add_run(self, first: int, step: int, steps: int, weight: int) -> None:
         """Add `weight` intervals for each of first, first + step, ... (`steps` of them)."""
@@ -35,11 +30,10 @@ class IntervalHistogram:
 
     def percentile_s(self, percent: float) -> float | None:
         """The percentile in seconds, within one per cent; None when nothing was added."""
-        rank, below = self.count * percent / 100, 0
-        if not self.count:
+        below = list(accumulate(self.counts))
+        if not below[-1]:
             return None
-        for count, (low, high) in zip(self.counts[1:], pairwise(self.edges), strict=False):
-            if count and below + count >= rank:
-                return (low + (high - low) * (rank - below) / count) / self.ticks_per_s
-            below += count
-        return self.edges[-2] / self.ticks_per_s
+        rank = below[-1] * percent / 100
+        index = bisect_left(below, rank)
+        low, high = self.edges[index - 1 : index + 1]
+        return (low + (high - low) * (rank - below[index - 1]) / self.counts[index]) / self.ticks_per_s

@@ -1,6 +1,7 @@
 """Sessions through replicas in virtual time: the clock jumps from event to event."""
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -37,11 +38,6 @@ class SimulationConfig:
 class SessionState:
     """Where a session is: next turn, context, cache chain, and who waits for it."""
 
-    __slots__ = (
-        "chain", "context", "number", "parent", "pause_s", "replica", "resume", "session", "turn",
-        "waiting_children",
-    )  # fmt: skip
-
     def __init__(self, session: Session, number: int, parent: "SessionState | None") -> None:
         self.session, self.parent = session, parent
         self.number = number if parent is None else -number  # negative: a sub-agent
@@ -61,7 +57,7 @@ class Simulation:
         self.replicas = [Replica(i, config.scheduler, clock) for i in range(config.replicas)]
         self.route = router(config.routing, self.replicas)
         self.turns = array("d")  # COLUMNS of each completed turn
-        self.refusals: dict[str, int] = {}
+        self.refusals = Counter[str]()
         self.refused: list[Request] = []
         self.planned = self.events = self.now = 0
         self.in_flight: dict[int, Request] = {}
@@ -123,7 +119,7 @@ class Simulation:
         refusal = replica.scheduler.add(request)
         if refusal is not None:
             self.refused.append(request)
-            self.refusals[refusal] = self.refusals.get(refusal, 0) + 1
+            self.refusals[refusal] += 1
             self._end_session(state)
             return
         replica.backlog_tokens += input_len

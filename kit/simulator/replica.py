@@ -1,6 +1,6 @@
 """One engine in virtual time: the step, or the run of equal decode steps, that it is in."""
 
-from math import isqrt
+from bisect import bisect_left
 
 from kit.scheduler import Batch, Request, Scheduler, SchedulerConfig
 from kit.simulator.intervals import IntervalHistogram
@@ -25,16 +25,15 @@ class Replica:
         """Start the next step or run of steps now; None when there is nothing to do."""
         self.pending = False
         batch = self.batch = self.scheduler.plan()
-        if batch is None:
-            return None
-        if batch.chunks:
-            self.first, self.slope, self.steps = self.clock.mixed(batch), 0, 1
-        else:
-            self.first, self.slope = self.clock.decode(batch)
-            self.steps = 1 if step_by_step else self.scheduler.horizon(batch)
-        self.start, self.end = now, now + self.ticks(self.steps)
-        self.version += 1
+        if batch is not None:
+            self.start = now
+            self.first, self.slope = self.clock.ticks(batch)
+            self._end_after(1 if step_by_step else self.scheduler.horizon(batch))
         return batch
+
+    def _end_after(self, steps: int) -> None:
+        self.steps, self.end = steps, self.start + self.ticks(steps)
+        self.version += 1
 
     def ticks(self, steps: int) -> int:
         """Length of the first `steps` of the run."""
@@ -42,36 +41,26 @@ class Replica:
 
     def steps_until(self, now: int) -> int:
         """The step of the run that is under way, or just ending, at `now`, counted from 1."""
-        wanted = now - self.start
-        if self.slope == 0:
-            return max(1, -(-wanted // self.first))
-        linear = 2 * self.first - self.slope
-        root = isqrt(linear * linear + 8 * self.slope * wanted)
-        steps = max(1, (root - linear) // (2 * self.slope))
-        while self.ticks(steps) < wanted:
-            steps += 1
-        return steps
+        return bisect_left(range(self.steps + 1), now - self.start, lo=1, key=self.ticks)
 
     def shorten(self, now: int) -> bool:
         """End the run with the step under way, so that a newcomer can join; True if sooner."""
         steps = self.steps_until(now)
-        if steps >= self.steps:
-            return False
-        self.steps, self.end = steps, self.start + self.ticks(steps)
-        self.version += 1
-        return True
+        sooner = steps < self.steps
+        if sooner:
+            self._end_after(steps)
+        return sooner
 
     def catch_up(self, now: int) -> None:
         """Take the blocks of all steps begun so far: what a prefix router sees."""
-        if self.batch is not None and self.steps > 1:
+        if self.steps > 1:
             self.scheduler.grow(min(self.steps, self.steps_until(now)))
 
     def cut(self, now: int, intervals: IntervalHistogram) -> None:
         """Stop in the middle: count the steps of the run that ended before `now`."""
         self.catch_up(now)
-        done = self.steps_until(now) - 1 if self.steps > 1 else 0
-        if done:
-            self.steps, self.end = done, self.start + self.ticks(done)
+        if self.steps > 1 and (done := self.steps_until(now) - 1):
+            self._end_after(done)
             self.finish(intervals)
 
     def finish(self, intervals: IntervalHistogram) -> tuple[list[Request], list[Request]]:
@@ -79,7 +68,7 @@ class Replica:
         batch = self.batch
         assert batch is not None
         if batch.decodes:
-            self._count_intervals(intervals, batch)
+            self._count_intervals(intervals, batch.decodes)
         elif self.scheduler.decodes:
             self._stalled_rows = self._stalled_rows or self.scheduler.decodes
             self._stall += self.first
@@ -87,23 +76,20 @@ class Replica:
         self.steps = 0
         self.backlog_tokens -= sum(tokens for _, tokens, _ in batch.chunks)
         if batch.chunks or finished:
-            self._sample()
+            used = self.scheduler.pool.used
+            self.usage_area += (self._sampled + used) * (self.end - self._sampled_at)
+            self._sampled, self._sampled_at = used, self.end
         return first, finished
 
-    def _count_intervals(self, intervals: IntervalHistogram, batch: Batch) -> None:
-        first, steps, rows = self.first, self.steps, batch.decodes
-        if self._stall:
+    def _count_intervals(self, intervals: IntervalHistogram, rows: int) -> None:
+        first, steps = self.first, self.steps
+        if self._stall:  # the first interval of rows that waited is longer
             stalled = min(rows, self._stalled_rows)
             intervals.add_run(first + self._stall, 0, 1, stalled)
             intervals.add_run(first, 0, 1, rows - stalled)
             first, steps = first + self.slope, steps - 1
             self._stall = self._stalled_rows = 0
         intervals.add_run(first, self.slope, steps, rows)
-
-    def _sample(self) -> None:
-        used = self.scheduler.pool.used
-        self.usage_area += (self._sampled + used) * (self.end - self._sampled_at)
-        self._sampled, self._sampled_at = used, self.end
 
     def kv_cache_usage_mean(self, now: int) -> float:
         """Mean fraction of KV blocks held by requests from the start to `now`, both in ticks."""
@@ -114,3 +100,9 @@ class Replica:
     def load(self) -> int:
         """Requests here, running or waiting."""
         return len(self.scheduler.running) + len(self.scheduler.waiting)
+
+    def left_with(self, request: Request, now: int) -> tuple[int, int]:
+        """Prompt tokens left to compute here, less what the request finds in the cache; the load."""
+        self.catch_up(now)
+        hit = self.scheduler.pool.match(request.path) * self.scheduler.config.block_size
+        return self.backlog_tokens - hit, self.load

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from operator import attrgetter
 
 from kit.errors import unknown
 from kit.scheduler import Request
@@ -18,26 +19,13 @@ def router(name: str, replicas: Sequence[Replica]) -> Router:
     replica of its first turn, found by least load; prefix takes the replica with the fewest prompt
     tokens left to compute, the request's own misses there included.
     """
-    turn = count()
-
-    def least_loaded(request: Request, last: Replica | None, now: int) -> Replica:
-        return min(replicas, key=lambda replica: replica.load)
-
-    def prefix(request: Request, last: Replica | None, now: int) -> Replica:
-        def left(replica: Replica) -> tuple[int, int]:
-            replica.catch_up(now)
-            scheduler = replica.scheduler
-            hit = scheduler.pool.match(request.path) * scheduler.config.block_size
-            return replica.backlog_tokens - hit, replica.load
-
-        return min(replicas, key=left)
-
-    policies: dict[str, Router] = {
-        "round-robin": lambda request, last, now: replicas[next(turn) % len(replicas)],
-        "least-loaded": least_loaded,
-        "session": lambda request, last, now: last or least_loaded(request, last, now),
-        "prefix": prefix,
-    }
-    if name not in policies:
+    turn, load = count(), attrgetter("load")
+    policies: tuple[Router, ...] = (
+        lambda request, last, now: replicas[next(turn) % len(replicas)],
+        lambda request, last, now: min(replicas, key=load),
+        lambda request, last, now: last or min(replicas, key=load),
+        lambda request, last, now: min(replicas, key=lambda one: one.left_with(request, now)),
+    )
+    if name not in ROUTINGS:
         raise unknown("routing", name, ROUTINGS)
-    return policies[name]
+    return policies[ROUTINGS.index(name)]

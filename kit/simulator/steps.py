@@ -27,13 +27,11 @@ class StepClock:
         self.step_time = step_time
         self._lines: dict[int, tuple[int, int]] = {}
 
-    def mixed(self, batch: Batch) -> int:
-        """Ticks of a step with prefill."""
-        chunks = [(tokens, before) for _, tokens, before in batch.chunks]
-        return _ticks(self.step_time.step_s(chunks, batch.decodes, batch.context))
-
-    def decode(self, batch: Batch) -> tuple[int, int]:
-        """Ticks of a first pure decode step, and by how much each later one is longer."""
+    def ticks(self, batch: Batch) -> tuple[int, int]:
+        """Ticks of the first step of a batch, and by how much each later one is longer."""
+        if batch.chunks:
+            chunks = [(tokens, before) for _, tokens, before in batch.chunks]
+            return _ticks(self.step_time.step_s(chunks, batch.decodes, batch.context)), 0
         line = self._lines.get(batch.decodes)
         if line is None:
             base_s, per_token_s = self.step_time.decode_line(batch.decodes)

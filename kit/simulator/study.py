@@ -23,7 +23,7 @@ from kit.workload import Session, Workload, generate
 from kit.workload.arrivals import Burst
 
 DEFAULT_DURATION_S = 3600.0
-BURST_KEYS = 1 << 40  # session keys of a burst that is added to other load
+BURST_KEYS = 1 << 40  # session keys of a burst
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +43,25 @@ class Load:
         """
         if not self.burst:
             return self._base(), set()
-        if self.sessions is None and self.duration_s is None:
-            sessions = self._at_once(self.burst)
-            return sessions, {session.key for session in sessions}
-        middle = (self.duration_s or DEFAULT_DURATION_S) / 2
-        extra = [
-            replace(session, key=BURST_KEYS + session.key, arrival_s=middle) for session in self._at_once(self.burst)
-        ]
-        load = merge(self._base(), extra, key=lambda session: session.arrival_s)
-        return load, {session.key for session in extra}
+        alone = self.sessions is None and self.duration_s is None
+        at_s = 0.0 if alone else (self.duration_s or DEFAULT_DURATION_S) / 2
+        burst = [replace(one, key=BURST_KEYS + one.key, arrival_s=at_s) for one in self._at_once(self.burst)]
+        load = burst if alone else merge(self._base(), burst, key=lambda session: session.arrival_s)
+        return load, {session.key for session in burst}
 
     def first_turns(self, count: int) -> list[Session]:
         """First turns of `count` sessions (fewer where a trace has fewer), to be sent at once."""
-        sessions = self._at_once(count)
-        return [replace(s, turns=[replace(s.turns[0], children=())]) for s in sessions]
+        return [replace(one, turns=[replace(one.turns[0], children=())]) for one in self._at_once(count)]
 
     def warnings(self) -> list[str]:
         """What the trace does not say or leaves out."""
         if isinstance(self.source, Workload):
             return []
-        notes = []
-        if self.source.skipped:
-            notes.append(f"{self.source.skipped} recorded calls without output were left out")
-        if not self.source.shared_clock:
-            notes.append("the trace has no common clock: session starts are spread evenly at random")
-        return notes
+        notes = {
+            f"{self.source.skipped} recorded calls without output were left out": self.source.skipped > 0,
+            "the trace has no common clock: session starts are spread evenly at random": not self.source.shared_clock,
+        }
+        return [note for note, applies in notes.items() if applies]
 
     def _base(self) -> Iterator[Session]:
         if isinstance(self.source, Workload):
@@ -88,40 +82,30 @@ class Load:
         if isinstance(self.source, Workload):
             rngs = [np.random.default_rng([self.seed, 2, key]) for key in range(count)]
             return [self.source.session.draw(rng, key, 0.0) for key, rng in enumerate(rngs)]
-        every = islice(self.source.sessions(repeat(0.0)), count)
-        return [replace(session, arrival_s=0.0) for session in every]
+        return list(islice(self.source.sessions(repeat(0.0)), count))
 
 
 def replica(model: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> tuple[SchedulerConfig, StepTime, list[str]]:
     """Scheduler limits, step time and warnings of one replica."""
     resolved = resolve(config, model, gpu)
-    memory = plan(model, gpu, resolved)
-    tokens = memory.kv_cache_tokens()
+    tokens = plan(model, gpu, resolved).kv_cache_tokens()
     if tokens < resolved.block_size:
-        raise UserError(
-            f"{model.key} leaves no room for a KV cache on {resolved.gpu_count} x {gpu.key}: "
-            "see kit size for what would fit"
-        )
+        cards = f"{resolved.gpu_count} x {gpu.key}"
+        raise UserError(f"{model.key} leaves no room for a KV cache on {cards}: see kit size for what would fit")
     warnings = list(fitted(model, gpu, resolved).warnings)
     return scheduler_config(resolved, tokens), step_time(model, gpu, resolved), warnings
 
 
 def study(
-    config: SimulationConfig,
-    step_time: StepTime,
-    load: Load,
-    slo_ttft_s: float | None = None,
+    config: SimulationConfig, step_time: StepTime, load: Load, slo_ttft_s: float | None = None,
     slo_tpot_s: float | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Answers of one simulation and the largest passing burst, with the seconds it took."""
     begun = perf_counter()
     sessions, burst_keys = load.stream()
     sim = Simulation(config, step_time).run(sessions)
     result = answers(sim, slo_ttft_s, slo_tpot_s, burst_keys)
-    result["events"] = sim.events
-    result["warnings"] = load.warnings()
-    if sim.planned == 0:
-        result["warnings"].append("no session arrived within the duration")
+    result["warnings"] = load.warnings() + ["no session arrived within the duration"] * (not sim.planned)
     if slo_ttft_s is not None:
         cut = replace(config, until_s=slo_ttft_s + config.ready_after_s)
         result["burst"]["largest_passing_burst"] = largest_passing_burst(
