@@ -15,9 +15,8 @@ from kit.cli import main
 from kit.errors import UserError
 from kit.fleet import Study, compare
 from kit.fleet.capacity import Kind, completed
-from kit.fleet.control import Fleet, Group
+from kit.fleet.control import Fleet, Group, run_minutes
 from kit.fleet.day import FleetDay
-from kit.fleet.month import run_minutes
 from kit.fleet.study import MONTH_DAYS
 from kit.prices import GpuPrice
 from kit.scheduler import SchedulerConfig
@@ -273,7 +272,8 @@ def test_an_slo_that_nothing_keeps_is_said_with_the_nearest_policy():
         ({"burst_gpu": "rtx-5090-32gb"}, "rtx-5090-32gb leaves mistral-nemo-2407 room for 3, fewer than 4 sessions"),
         ({"gpu": "gb200-186gb"}, "no on_demand price of gb200-186gb at any provider"),
         ({"gpuu": "x"}, "unknown field of fleet 'gpuu'; nearest: gpu"),
-        ({"cooldown_s": -5}, "cooldown_s must be above 0, got -5"),
+        ({"cooldown_s": -5}, "cooldown_s must be a number above 0, got -5"),
+        ({"sessions_per_day": "many"}, "sessions_per_day must be a number above 0, got 'many'"),
         ({"interruption_model": "daily"}, "unknown interruption_model 'daily'"),
         ({"provider": "azur"}, "unknown provider 'azur'; nearest: azure"),
     ],
@@ -287,7 +287,7 @@ def test_a_fleet_that_cannot_be_is_refused(fleet, message):
     ("arguments", "message"),
     [
         (["--policies", "on-demnd"], "unknown policy 'on-demnd'; nearest: on-demand"),
-        (["--days", "-3"], "days must be above 0, got -3"),
+        (["--days", "-3"], "days must be a number above 0, got -3"),
         (["--days", "many"], "--days 'many'"),
     ],
 )

@@ -18,9 +18,8 @@ from kit.catalog import model as find_model
 from kit.catalog.paths import DATA, load_yaml
 from kit.errors import UserError, unknown
 from kit.fleet.capacity import RAMP_S, Kind, completed, measure
-from kit.fleet.control import TICK_S, Fleet, Group
+from kit.fleet.control import TICK_S, Fleet, Group, run_minutes
 from kit.fleet.day import FleetDay
-from kit.fleet.month import run_minutes
 from kit.fleet.traffic import DAY_S, Tier, Traffic
 from kit.memory.startup import start_up
 from kit.metrics import PASSING_ATTAINMENT
@@ -36,19 +35,18 @@ class Study:
 
     def __init__(self, case: scenario.Scenario, days: float = 30, seed: int = 0, today: dt.date | None = None) -> None:
         data = load_yaml(DATA / "fleet.yaml")
-        self.policies, self.interruptions, given = (
-            data["policies"],
-            data["interruptions"],
-            data["defaults"] | case.fleet,
-        )
-        for name, value in (case.fleet | {"days": days}).items():
-            if name not in data["defaults"] | {"days": 0}:
+        self.policies, self.interruptions = data["policies"], data["interruptions"]
+        given = data["defaults"] | case.fleet
+        for name, value in {"days": days, **case.fleet}.items():
+            if name not in data["defaults"] | {"days": 1}:
                 raise unknown("field of fleet", name, data["defaults"], shown=30)
-            if isinstance(value, int | float) and (value < 0 or (name == "days" and not value > 0)):
-                raise UserError(f"{name} must be above 0, got {value:g}")
+            numeric = isinstance((data["defaults"] | {"days": 1, "sessions_per_day": 1})[name], int | float)
+            if numeric and (not isinstance(value, int | float) or value < 0 or (name == "days" and not value > 0)):
+                raise UserError(f"{name} must be a number above 0, got {value!r}")
         if given["interruption_model"] not in self.interruptions:
             raise unknown("interruption_model", given["interruption_model"], self.interruptions)
         self.case, self.days, self.seed, self.today = case, days, seed, today or dt.date.today()
+        self.slo = {"ttft_s": None, "tpot_s": None} | case.slo
         self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
         self.traffic = Traffic(case, self.settings, days, seed)
         self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
@@ -68,7 +66,7 @@ class Study:
             limits = replace(limits, enable_prefix_caching=self.settings.prefix_caching)
             lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
             factor = fitted(model, gpu, held.memory.config).tpot_factor
-            load = limits, steps, self.traffic.workload, self.case.slo
+            load = limits, steps, self.traffic.workload, self.slo
             made = Kind(gpu, count, limits, steps, lead_s, **measure(*load))
             low, high = (replace(made, **measure(*load, by, RAMP_S / 3)).target_per_s for by in (factor, 1 / factor))
             self.kinds[key] = replace(made, target_interval=(low, high))
@@ -88,10 +86,7 @@ class Study:
         costs, reasons = {}, []
         for gpu in self.case.gpus:
             try:
-                usd, kind = (
-                    self.price(gpu, "on_demand").usd_per_hour("on_demand") or 0.0,
-                    self.kind(gpu, self.case.model),
-                )
+                usd, kind = self.price(gpu, "on_demand").usd_per_hour("on_demand"), self.kind(gpu, self.case.model)
                 costs[gpu] = kind.target_per_s == 0, usd * ceil(self.peak_per_s / kind.rated_per_s)
             except UserError as error:
                 reasons.append(str(error))
@@ -113,9 +108,8 @@ class Study:
             }
             most = {name: max(1, ceil(count)) for name, count in counts.items()}
             if one.get("size") == "baseline":
-                repaid = price.usd_per_hour("reserved") / self.price(kind.gpu.key, "on_demand").usd_per_hour(
-                    "on_demand"
-                )
+                list_price = self.price(kind.gpu.key, "on_demand")
+                repaid = price.usd_per_hour("reserved") / list_price.usd_per_hour("on_demand")
                 busy = [(self.turns_per_s > number * rated).mean() for number in range(most["peak"])]
                 most["baseline"] = max(1, sum(fraction >= repaid for fraction in busy))
             floor, ceiling = most[one["size"]] if "size" in one else 0, most["missing"] if one.get("scaled") else 0
@@ -130,19 +124,13 @@ class Study:
             fleet = Fleet(groups, self.settings, last_s - first_s, self.seed)
             if whole:
                 day = FleetDay(fleet)
-                good = completed(day.run(self.traffic.sessions(first_s, last_s, tier)), self.case.slo).good
-                out: dict[str, Any] = {
-                    "completed": len(good),
-                    "good": int(good.sum()),
-                    "lost": day.lost,
-                    "resumed": day.resumed,
-                }
-                out |= {"planned": day.planned, "refused": len(day.refused)}
+                good = completed(day.run(self.traffic.sessions(first_s, last_s, tier)), self.slo).good
+                out: dict[str, Any] = {"completed": len(good), "good": int(good.sum()), "planned": day.planned}
+                out |= {"lost": day.lost, "resumed": day.resumed, "refused": len(day.refused)}
             else:
                 turns = self.traffic.turns(first_s, last_s, tier)
-                out = run_minutes(fleet, turns, self.case.slo["ttft_s"], self.traffic.stay_s) | {
-                    "planned": float(turns.sum())
-                }
+                out = run_minutes(fleet, turns, self.slo["ttft_s"], self.traffic.stay_s)
+                out["planned"] = float(turns.sum())
             ended = [one for one in fleet.live + fleet.ended if one.reclaimed and one.end_s < fleet.horizon_s]
             total.update({**out, "interruptions": len(ended)})
             for group, hours in fleet.hours().items():
@@ -189,7 +177,7 @@ class Study:
         others = [name for name in self.interruptions if spot and name != chosen]
         result["other_interruptions"] = {name: self.run(parts, name, 0, end_s, whole=whole) for name in others}
         result["checks"] = []
-        for day in [] if whole else settings.sampled_days:
+        for day in [] if whole else [day for day in settings.sampled_days if day + 1 <= self.days]:
             by = [self.run(parts, chosen, day * DAY_S, (day + 1) * DAY_S, whole=full) for full in (False, True)]
             gap = by[0]["slo_attainment_fraction"] - by[1]["slo_attainment_fraction"]
             cost = by[0]["usd_per_month"] / by[1]["usd_per_month"] - 1
@@ -215,14 +203,10 @@ class Study:
         usd = price.input * (load.prompt_tokens - load.resent_tokens) + price.output * load.output_tokens
         usd = (usd + (price.cached or price.input) * load.resent_tokens) * len(load.starts_s) / 1e6
         bill = [{"gpu": "", "market": "per_token", "usd_per_gpu_hour": None, "gpu_hours": 0.0, "usd": usd}]
-        unknown_here: dict[str, Any] = {
-            "gpu_hours": {},
-            "lost_turns": None,
-            "interruptions": None,
-            "interruption_model": None,
-        }
+        figures = self._figures(Counter(), bill, self.days * DAY_S) | {"gpu_hours": {}, "interruption_model": None}
+        figures |= {"lost_turns": None, "interruptions": None}
         told = {"method": "quoted", "prices": [price.told(self.today)], "other_interruptions": {}, "checks": []}
-        return self._figures(Counter(), bill, self.days * DAY_S) | unknown_here | told
+        return figures | told
 
 
 def compare(study: Study, policies: str = "all") -> dict[str, Any]:
