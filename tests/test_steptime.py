@@ -15,8 +15,8 @@ H100 = "h100-sxm-80gb"
 IDEAL = dict.fromkeys(
     ("read", "read_e", "kv", "kv8", "gemm_bf16", "gemm_fp8", "gemm_fp4", "gemm_e", "attn", "link"), 1.0
 ) | dict.fromkeys(
-    ("reduce", "reduce_hop", "fixed", "layer", "moe_layer", "index_layer", "state_layer", "row", "prefill", "prefill_layer",
-     "api", "token", "stream"), 0.0
+    ("reduce", "reduce_hop", "fixed", "layer", "moe_layer", "index_layer", "state_layer", "row", "prefill",
+     "prefill_layer", "api", "token", "stream"), 0.0
 )  # fmt: skip
 
 
