@@ -137,7 +137,8 @@ def calls_per_minute(times_s: Mapping[str, Floats], under: str, *, ax: Axes | No
         ax.stairs(count, edges / 60, label=name, linewidth=1.8)
     ax.set(xlabel="Time (minutes)", ylabel="Calls per minute")
     ax.legend(loc="upper left")
-    _headline(ax, f"Busiest minute: {', '.join(f'{max(count):,}' for count in counts.values())} calls", under)
+    most = ", ".join(f"{max(count):,} ({name})" for name, count in counts.items())
+    _headline(ax, f"Calls in the busiest minute: {most}", under)
     return ax
 
 
@@ -145,14 +146,15 @@ def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | Non
     """Context of one session over time: calls dark, pauses light and coloured by what they wait for."""
     ax = ax or plt.gca()
     start, colours = turns["arrival_s"].min(), {"a call": "#1f2429"}
+    span = turns["end_s"].max() - start
     for turn, row in zip(session.turns, turns.itertuples(), strict=False):
         begin, end, tokens = row.arrival_s - start, row.end_s - start, row.input_len + row.output_len
-        ax.bar(begin, tokens, max(end - begin, 1), align="edge", color=colours["a call"])
+        ax.bar(begin, tokens, max(end - begin, span / 300), align="edge", color=colours["a call"])
         if turn.pause_kind:
-            colour = colours.setdefault(turn.pause_kind, f"C{len(colours) - 1}")
+            colour = colours.setdefault(f"waits for {turn.pause_kind}", f"C{len(colours) - 1}")
             ax.bar(end, tokens, turn.pause_after_s, align="edge", color=colour, alpha=0.45)
-    ax.legend([Patch(color=one) for one in colours.values()], [*colours], loc="upper left", title="waits for")
-    busy, span = (turns["end_s"] - turns["arrival_s"]).sum(), turns["end_s"].max() - start
+    ax.legend([Patch(color=one) for one in colours.values()], [*colours], loc="upper left")
+    busy = (turns["end_s"] - turns["arrival_s"]).sum()
     ax.set(xlabel="Time in the session (s)", ylabel="Context (tokens)")
     _headline(ax, f"{len(turns)} calls; in the model for {busy / span:.0%} of the session", under)
     return ax
@@ -174,15 +176,42 @@ def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str,
     return ax
 
 
-def lines_over(curves: Mapping[str, tuple[Any, Any]], finding: str, under: str, *, log: str = "", **axes: Any) -> Axes:
-    """Lines of (x, y) with their names at the right ends; `log` names the logarithmic axes."""
+def lines_over(curves: Mapping[str, tuple[Any, Any]], finding: str, under: str, **axes: Any) -> Axes:
+    """Lines of (x, y) from zero, with their names at the right ends."""
     ax = plt.gca()
-    ax.set(**{f"{axis}scale": "log" for axis in log}, **axes)
+    ax.set(**axes)
     for index, (x, y) in enumerate(curves.values()):
         ax.plot(x, y, color=f"C{index}")
+    ax.set_ylim(bottom=0)
     last = max(x[-1] for x, _ in curves.values())
     _label_ends(ax, last, [(y[-1], name, f"C{i}") for i, (name, (_, y)) in enumerate(curves.items())])
     _headline(ax, finding, under)
+    return ax
+
+
+def throughput_over_ttft(
+    curve: Sequence[Mapping[str, Any]], predicted: Sequence[Mapping[str, Any]], limit_s: float, under: str
+) -> Axes:
+    """Output tokens per second over TTFT, a point per concurrency: p90 filled, p99 hollow; the prediction a line."""
+    ax = plt.gca()
+    parts = (("p90", curve, "C0", "o--", "C0"), ("p99", curve, "C2", "s:", "white"), ("p90", predicted, "C1", "--", ""))
+    for part, rows, colour, style, face in parts:
+        known = [row for row in rows if row[f"ttft_{part}_s"] is not None]
+        x, y = ([row[name] for row in known] for name in (f"ttft_{part}_s", "output_tokens_per_s"))
+        label = f"{part}" if rows is curve else f"{part}, kit predict (modelled)"
+        ax.plot(x, y, style, color=colour, label=label, markerfacecolor=face or None)
+        for row in known if rows is curve and part == "p90" else ():
+            at = row["ttft_p90_s"], row["output_tokens_per_s"]
+            ax.annotate(f"{row['concurrency']:,}", at, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=9)
+    ax.axvline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":")
+    ax.text(limit_s, 0.02, f" limit {limit_s:g} s", transform=ax.get_xaxis_transform(), va="bottom")
+    ax.set(xscale="log", xlabel="TTFT (s)", ylabel="Output tokens per second", ylim=(0, None))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.legend(loc="upper left", title="at n streams")
+    within = [row for row in curve if row["ttft_p90_s"] is not None and row["ttft_p90_s"] <= limit_s]
+    best = max(within, key=lambda row: float(row["output_tokens_per_s"]), default=None)
+    told = "no level keeps" if best is None else f"{best['concurrency']} streams, {best['output_tokens_per_s']:,.0f} tokens/s, keep"
+    _headline(ax, f"Of these levels {told} p90 TTFT within {limit_s:g} s", under)
     return ax
 
 

@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
 from kit import catalog, plots, scenario
@@ -10,6 +11,7 @@ from kit.catalog.paths import DATA
 from kit.engine_config import EngineConfig
 from kit.memory import plan
 from kit.units import gib
+from kit.workload import Session, Turn
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -100,3 +102,35 @@ def test_pool_by_max_num_seqs(ax):
 def test_compared_gpus_have_colours_of_their_own(path):
     keys = scenario.load(path).gpus
     assert len({plots.gpu_colour(key) for key in keys}) == len(keys)
+
+
+def test_calls_per_minute(ax):
+    plots.calls_per_minute({"burst": [5.0, 6.0, 7.0], "slow": [1.0, 70.0]}, "here", ax=ax)
+    assert "3 (burst), 1 (slow)" in said(ax)[-1]
+    assert ax.get_ylabel() == "Calls per minute"
+
+
+def test_session_timeline(ax):
+    session = Session(0, 0.0, [Turn(100, 10, 90.0, "shell"), Turn(5, 10)])
+    columns = {"arrival_s": [10.0, 105.0], "end_s": [15.0, 110.0], "input_len": [100, 115], "output_len": [10, 10]}
+    plots.session_timeline(session, pd.DataFrame(columns), "here", ax=ax)
+    assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in ax.patches] == [
+        (0, 5, 110), (5, 90, 110), (95, 5, 125),
+    ]  # fmt: skip
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a call", "waits for shell"]
+    assert said(ax)[-1] == "2 calls; in the model for 10% of the session"
+
+
+def test_keeping_draws_quoted_points_without_a_line(ax):
+    points = {"10 s": (0.4, 1.0), "1 h": (0.9, 9.0)}
+    plots.keeping({"ours": points, "theirs (quoted)": points}, "here", ax=ax)
+    ours, theirs = ax.lines
+    assert list(ours.get_xdata()) == [1.0, 9.0]
+    assert list(ours.get_ydata()) == [0.4, 0.9]
+    assert (ours.get_linestyle(), theirs.get_linestyle(), theirs.get_marker()) == ("-", "None", "s")
+
+
+def test_lines_over_names_each_line(ax):
+    plots.lines_over({"a": ([0, 1], [5, 1]), "b": ([0, 1], [2, 4])}, "finding", "here", ylabel="Sessions")
+    assert {"a", "b", "here", "finding"} <= set(said(ax))
+    assert ax.get_ylim()[0] == 0

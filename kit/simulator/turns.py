@@ -5,11 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from kit.simulator.answers import columns, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
-from kit.simulator.steps import StepTime
+from kit.simulator.steps import TICKS_PER_S, StepTime
 from kit.simulator.study import Load
 from kit.workload import Session
 
@@ -21,6 +22,7 @@ PATTERNS = (
 )
 SINGLE_AGENT = 1
 Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
 
 
 def play(config: SimulationConfig, step_time: StepTime, load: Load) -> Simulation:
@@ -62,14 +64,27 @@ def kept(frame: pd.DataFrame, keep_s: float) -> tuple[float, float]:
     return float(hits / frame["input_len"].sum()), float(idle / active)
 
 
-def idle_kv_tokens(frame: pd.DataFrame, shared_tokens: int = 0) -> tuple[float, int]:
-    """KV tokens that paused sessions hold beside the shared prefix, none evicted: mean over the run, and peak."""
-    resumed = frame[frame["reusable_tokens"] > 0]
-    begin, end, tokens = (resumed[name].to_numpy() for name in ("arrival_s", "arrival_s", "reusable_tokens"))
-    begin, tokens = begin - resumed["pause_s"].to_numpy(), np.maximum(tokens - shared_tokens, 0)
-    change = np.concatenate([tokens, -tokens])[np.argsort(np.concatenate([begin, end]), kind="stable")]
-    span = frame["end_s"].max() - frame["arrival_s"].min()
-    return float(((end - begin) * tokens).sum() / span), int(np.cumsum(change).max(initial=0))
+def pauses(sim: Simulation, frame: pd.DataFrame) -> pd.DataFrame:
+    """Begin and end of every pause and the KV tokens left behind; the end of the run ends those it cuts short."""
+    rows = frame.sort_values(["session", "turn"])
+    resumed = rows.groupby("session")["arrival_s"].shift(-1)
+    over = (rows["last_turn"] == 1) | rows["session"].isin([request.owner.number for request in sim.refused])
+    end = resumed.where(resumed.notna() | over, sim.now / TICKS_PER_S)
+    spans = {"begin_s": rows["end_s"], "end_s": end, "tokens": rows["input_len"] + rows["output_len"]}
+    return pd.DataFrame(spans).dropna()
+
+
+def level(spans: pd.DataFrame, at_s: Sequence[float], weights: Sequence[float] | float = 1.0) -> Floats:
+    """How many of the spans hold each moment, or the sum of their weights.
+
+    >>> level(pd.DataFrame({"begin_s": [0.0, 1.0], "end_s": [2.0, 3.0]}), [0.5, 1.5, 2.5]).tolist()
+    [1.0, 2.0, 1.0]
+    """
+    times = spans[["begin_s", "end_s"]].to_numpy().T.ravel()
+    change = np.broadcast_to(weights, len(spans))
+    order = np.argsort(times)
+    total = np.cumsum(np.concatenate([[0.0], np.concatenate([change, -change])[order]]))
+    return np.asarray(total[np.searchsorted(times[order], at_s, "right")])
 
 
 def passing_burst(config: SimulationConfig, step_time: StepTime, load: Load, slo_ttft_s: float) -> int:
@@ -103,18 +118,18 @@ def pattern(sessions: Sequence[Session], *, models: int, active: int) -> tuple[i
     return next((number for number, _, limit in PATTERNS if values[number] >= limit), SINGLE_AGENT), rows
 
 
-def _counts(times_s: Sequence[float], width_s: float) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _counts(times_s: Sequence[float], width_s: float) -> npt.NDArray[np.int64]:
     """Calls in each whole window from 0."""
     windows = int(np.ceil(np.max(times_s) / width_s))
     return np.bincount((np.asarray(times_s) // width_s).astype(int), minlength=windows)
 
 
 def bursts(times_s: Mapping[str, Sequence[float]]) -> list[Row]:
-    """How uneven loads are: busiest minute, dispersion of calls, and the share of seconds without one."""
+    """How uneven loads are: calls in the busiest 60 s, index of dispersion (IDC), share of silent seconds."""
     return [
-        {"load": name, "calls": len(at), "busiest minute": peak_calls(at)}
-        | {f"dispersion at {width} s": dispersion(at, width) for width in (1, 60)}
-        | {"silent seconds": f"{np.mean(_counts(at, 1) == 0):.0%}", "provenance": "modelled"}
+        {"load": name, "calls": len(at), "most in 60 s": peak_calls(at)}
+        | {f"IDC {width} s": dispersion(at, width) for width in (1, 60)}
+        | {"silent": f"{np.mean(_counts(at, 1) == 0):.0%}", "provenance": "modelled"}
         for name, at in times_s.items()
     ]
 

@@ -86,7 +86,9 @@ sessions = list(hour.stream()[0])
 sim = turns.play(cluster, step_time, hour)
 found, played = answers(sim, case.slo["ttft_s"], case.slo["tpot_s"], set()), turns.table(sim)
 number, rule = turns.pattern(sessions[:1000], models=len(case.models), active=case.sessions)
-at_once = {state: found["sessions"][state]["max"] for state in ("active", "paused", "queued")}
+rest, grid_s = turns.pauses(sim, played), np.arange(0, found["simulated_s"], 1.0)
+at_once = {state: found["sessions"][state]["max"] for state in ("active", "queued")}
+at_once["paused"] = int(turns.level(rest, grid_s).max())
 
 # %%
 hardware = f"{cluster.replicas} x " * (cluster.replicas > 1) + f"{best['gpu_count']}x {run.gpu.key}"
@@ -123,22 +125,23 @@ woken = bursts["500 sessions"]
 steady = np.random.default_rng(0).random(len(woken)) * woken.max()
 memory = scenarios.hold(run.model, run.gpu, config, case.demand()).memory
 under = f"{plots.subtitle(memory)} · {hardware}"
-plots.calls_per_minute({**bursts, "the same calls, Poisson": np.sort(steady)}, under)
+plots.calls_per_minute({**bursts, "Poisson": np.sort(steady)}, under)
 plt.show()
 
 # %%
 coding = [one.arrival_s for one in workloads.generate(workloads.load("azure-code-on-off"), 0, duration_s=3600)]
 measures = {"this workload": played["arrival_s"], **bursts, "azure-code-on-off": coding, "Poisson": steady}
-azure = {"load": "Azure code trace, 2023", "calls": 8819, "busiest minute": 723}
-azure |= {"dispersion at 1 s": 13.2, "dispersion at 60 s": 164, "provenance": "quoted"}
+azure = {"load": "Azure code trace, 2023", "calls": 8819, "most in 60 s": 723}
+azure |= {"IDC 1 s": 13.2, "IDC 60 s": 164, "silent": "unknown", "provenance": "quoted"}
 print(notebook.table([*turns.bursts(measures), azure]))
 
 # %% [markdown]
-# **Reading it.** The index of dispersion is the variance of the calls in a window over their mean.
-# Poisson arrivals have 1 at every width; a value that grows with the width means that busy seconds come together,
-# so an average hides them.
+# **Reading it.** IDC, the index of dispersion, is the variance of the calls in a window over their mean; "silent" is
+# the share of seconds without a call.
+# Poisson arrivals have an IDC of 1 at every width.
+# A value that grows with the width means that busy seconds come together, and then an average says nothing about
+# the minute that counts.
 # The Azure row is computed from the public trace (CC-BY 4.0, November 2023); azure-code-on-off is fitted to it.
-# A gamma distribution of gaps, as load tools offer it, reproduces the first width and not the second.
 #
 # ## What does a session look like?
 
@@ -146,16 +149,19 @@ print(notebook.table([*turns.bursts(measures), azure]))
 print(notebook.table(turns.bodies(sessions)))
 
 # %%
-whole = played[(played["session"] > 0) & (played["last_turn"] == 1)]
-middle = whole.iloc[(whole["turn"] - whole["turn"].median()).abs().argmin()]
-example = played[played["session"] == middle["session"]]
+done = played[(played["session"] > 0) & (played["last_turn"] == 1)].set_index("session")
+begun = played[played["turn"] == 0].set_index("session")["arrival_s"]
+spans = (done["end_s"] - begun).dropna().sort_values()
+middle = done.loc[spans.index[len(spans) // 2]]
+example = played[played["session"] == middle.name]
 plots.session_timeline(next(one for one in sessions if one.key == middle["key"]), example, under)
 plt.show()
 
 # %% [markdown]
 # **Reading it.** Each dark column is a call, as wide as it lasts and as high as the context it leaves behind.
 # The light stretches are pauses: nothing runs, and KV cache of that height waits for the next call.
-# Time in the model is a small part of a session, so a server twice as fast does not finish tasks twice as fast.
+# It is the session that takes the median time.
+# What is light is not the server's: an engine twice as fast shortens only the dark part.
 #
 # ## How much of a prompt is new?
 #
@@ -170,7 +176,7 @@ print(f"The simulated cache found {played['hit_tokens'].sum() / sent:.0%} of the
 
 # %% [markdown]
 # **Reading it.** Means over the sessions that reach the call.
-# The article's token arithmetic (10,000 conversations of five turns of 200 tokens) counts the last column only.
+# The article's token arithmetic (10,000 conversations of five turns of 200 tokens) counts each turn once.
 # The cache can find more than what a session sent before, because all sessions share system prompt and tools.
 #
 # ## How long should a paused session's KV be kept?
@@ -207,14 +213,15 @@ plt.show()
 
 # %%
 series = found["sessions"]["series"]
-minutes = np.array(series["t_s"]) / 60
+curves = {state: (np.array(series["t_s"]) / 60, series[state]) for state in ("active", "queued")}
+curves["paused"] = (grid_s / 60, turns.level(rest, grid_s))
 finding = "At most {active:,} active, {paused:,} paused, {queued:,} queued".format(**at_once)
-curves = {state: (minutes, series[state]) for state in at_once}
 plots.lines_over(curves, finding, under, xlabel="Time (minutes)", ylabel="Sessions")
 plt.show()
 
 # %%
-idle_mean, idle_peak = turns.idle_kv_tokens(played, preset.session.shared_prefix.tokens)
+idle = turns.level(rest, grid_s, (rest["tokens"] - preset.session.shared_prefix.tokens).clip(lower=0))
+idle_peak = int(idle.max())
 pool_tokens = limits.kv_blocks * limits.block_size * cluster.replicas
 idle_gib = idle_peak * memory.kv_bytes_per_token / GIB
 print(f"KV of all paused sessions, shared prefix aside: {idle_gib:.1f} GiB at the peak,")
@@ -222,8 +229,8 @@ print(f"{idle_peak / pool_tokens:.0%} of the KV pool; running calls take {found[
 
 # %% [markdown]
 # **Reading it.** Active sessions need memory and compute, paused ones memory only.
-# That is what notebook 02's `paused_sessions` stands for, and the scenario's figure can be checked against this
-# one.
+# The scenario's `sessions` and `paused_sessions`, on which notebooks 00 and 02 rest, can be checked against this
+# figure.
 #
 # ## Is the prefix still cached after the pause?
 #
@@ -246,6 +253,8 @@ print("\n" + notebook.table(turns.mixture(by_pool)))
 # %% [markdown]
 # **Reading it.** A turn is a hit when 90 % of what its session had sent before was still there.
 # With less room the same pause survives less often: the pool is the clock, not a time limit.
+# A pool larger than all paused sessions together can still lose them, because the sessions that have ended leave
+# their cache behind as well.
 # TTFT is a mixture: where more than one turn in a hundred misses, the p99 of all turns is a miss's.
 #
 # ## What does a burst do?
@@ -267,7 +276,7 @@ drains = {what: (wave["first_s"].max(), wave["end_s"].max()) for what, wave in w
 curves = {what: (np.arange(1, len(ttft) + 1), ttft) for what, ttft in ttfts.items()}
 last_first = " and ".join(f"{drains[what][0]:.3g} s {what}" for what in curves)
 finding = f"{count:,} at once: the last first token after {last_first}"
-axes = plots.lines_over(curves, finding, under, log="y", xlabel="Rank of arrival", ylabel="TTFT (s)")
+axes = plots.lines_over(curves, finding, under, xlabel="Rank of arrival", ylabel="TTFT (s)")
 axes.axhline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":")
 axes.text(1, limit_s, f"limit {limit_s:g} s", va="bottom")
 plt.show()
@@ -300,7 +309,7 @@ print(f"\nCalls of one session: {len(team) / len(peaks):.0f} on average, {max(pe
 
 # %% [markdown]
 # **Reading it.** One session counts as several in the batch.
-# The join waits for the slowest worker, so a rare slow call becomes the usual case as the number of workers grows.
+# The join waits for the slowest worker: the parent is paused for the last column, not for the one before.
 #
 # ## Which compute pattern is mine?
 #
@@ -385,8 +394,8 @@ print("\n".join(f"{way:12} finds {found_share:.0%} of the prompt tokens cached" 
 # Sessions are independent and pauses do not depend on the server: people who wait too long leave, and these do not.
 # Published traces have either agent sessions or real arrivals, never both, so a workload combines figures of
 # several sources; each file in data/workloads says which and what is assumed.
-# The hour starts with no session in it, so sessions longer than an hour are cut off and paused ones are
-# undercounted for them.
+# The hour starts with no session in it, so where sessions last longer than that their number is still growing at
+# its end.
 # Offloading KV to host memory is not modelled.
 #
 # ## Does the article hold?
@@ -434,11 +443,11 @@ knee = next((label for label, (hits, _) in ours.items() if hits >= 0.9 * ours["1
 results = {
     "workload": name, "pattern": number, "arrivals": kind, "counts": counts, "sessions": len(sessions),
     "peak_calls_per_minute": turns.peak_calls(played["arrival_s"]), "refused": found["refused"],
-    **{f"{what}_sessions": {part: found["sessions"][what][part] for part in ("mean", "max")} for what in at_once},
+    **{f"{state}_sessions_max": number for state, number in at_once.items()},
     "prefix_cached_after_pause": found["prefix_still_cached"], "prefix_hit_fraction": found["prefix_hit_fraction"],
     "burst": {"requests": count, "slo_ttft_s": limit_s} | {f"largest_passing_{what}": n for what, n in passing.items()},
     "burst_drain_s": drains["cold"][0], "idle_to_active_kv": found["sessions"]["idle_to_active_kv"],
-    "retained_kv_tokens": {"mean": idle_mean, "max": idle_peak}, "keep_kv_s": keeps.get(knee),
+    "retained_kv_tokens": {"mean": float(idle.mean()), "max": idle_peak}, "keep_kv_s": keeps.get(knee),
     "retained_kv_bytes_max": idle_peak * memory.kv_bytes_per_token, "warnings": warnings,
 }  # fmt: skip
 
@@ -446,8 +455,8 @@ results = {
 shares = [row["cached_fraction"] for row in found["prefix_still_cached"][:4] if row["turns"]]
 survives = f"at least {min(shares):.0%} of turns" if shares else "there are no pauses"
 lines = [
-    f"{case.title}: workload {name}, pattern {number}; arrivals {kind}, counted in {counts}.",
-    f"Busiest minute: {results['peak_calls_per_minute']:,} calls of {len(sessions):,} sessions.",
+    f"{case.title}: pattern {number}, workload {name}.",
+    f"Arrivals: {kind}, counted in {counts}; busiest minute {results['peak_calls_per_minute']:,} calls.",
     "At once at most {active:,} active, {paused:,} paused, {queued:,} queued".format(**at_once) + f", on {hardware}.",
     f"Prefix cached after a pause of at most 5 minutes: {survives}.",
     f"KV of all paused sessions at the peak: {idle_peak / pool_tokens:.0%} of the pool; keep it {knee or 'no time'}.",
