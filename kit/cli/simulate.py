@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +12,13 @@ from kit.errors import UserError
 
 if TYPE_CHECKING:
     from kit.engine_config import EngineConfig
-    from kit.simulator import Load
+    from kit.traces import Trace
+    from kit.workload import Workload
 
-LATENCIES = "mean p50 p90 p99"
 SHOWN = {
-    "ttft_s": LATENCIES, "tpot_s": LATENCIES, "itl_s": LATENCIES, "e2el_s": LATENCIES, "task_s": LATENCIES,
-    "completed": "", "refused": "", "unfinished": "", "preemptions": "", "output_tokens_per_s": "",
-    "prefix_hit_fraction": "", "slo_attainment_fraction": "", "kv_cache_usage": "mean max",
+    **dict.fromkeys(("ttft_s", "tpot_s", "itl_s", "e2el_s", "task_s"), "mean p50 p90 p99"),
+    **dict.fromkeys(("completed", "refused", "unfinished", "preemptions", "output_tokens_per_s"), ""),
+    **dict.fromkeys(("prefix_hit_fraction", "slo_attainment_fraction"), ""), "kv_cache_usage": "mean max",
     "burst": "requests time_to_recover_s backlog_request_s largest_passing_burst", "limited_by": "",
 }  # fmt: skip
 
@@ -50,20 +49,16 @@ def command(
 
     _check(sessions=(sessions, 0), duration=(duration, 0), burst=(burst, 0), replicas=(replicas, 0), seed=(seed, -1),
            ready_after=(ready_after, -1), slo_ttft_s=(slo_ttft_s, 0), slo_tpot_s=(slo_tpot_s, 0))  # fmt: skip
-    load = _load(workload, trace, trace_format)
-    load = replace(load, sessions=sessions, duration_s=duration, burst=burst, seed=seed)
+    source = _source(workload, trace, trace_format)
+    load = simulator.Load(source, sessions, duration, burst, seed)
     limits, step_time, warnings = simulator.replica(catalog.model(model), catalog.gpu(gpu), config)
     cluster = simulator.SimulationConfig(limits, replicas, routing, not drop_kv, warm, ready_after, duration)
-    slo = getattr(load.source, "slo", None)
-    ttft_s = slo_ttft_s or (slo and slo.ttft_s)
-    tpot_s = slo_tpot_s or (slo and slo.tpot_s)
+    preset = getattr(source, "slo", None)
+    ttft_s, tpot_s = slo_ttft_s or getattr(preset, "ttft_s", None), slo_tpot_s or getattr(preset, "tpot_s", None)
     result = simulator.study(cluster, step_time, load, ttft_s, tpot_s)
     result["slo"] = {"ttft_s": ttft_s, "tpot_s": tpot_s}
     result["warnings"] = warnings + result.pop("warnings")
-    if json_output:
-        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(_text(result))
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
 
 
 def _check(**given: tuple[float | None, float]) -> None:
@@ -73,31 +68,30 @@ def _check(**given: tuple[float | None, float]) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above {above:g}, got {value:g}")
 
 
-def _load(workload: str | None, trace: str | None, trace_format: str | None) -> "Load":
-    from kit.simulator import Load
+def _source(workload: str | None, trace: str | None, trace_format: str | None) -> "Workload | Trace":
     from kit.traces import READERS, read
     from kit.workload import load, names
 
-    if (workload is None) == (trace is None):
+    if workload is not None and trace is None:
+        return load(workload)
+    if trace is None or workload is not None:
         raise UserError(f"give --workload or --trace; workloads: {', '.join(names())}")
-    if workload is not None:
-        return Load(load(workload))
-    if trace is None or trace_format is None:
+    if trace_format is None:
         raise UserError(f"--trace needs --trace-format: {', '.join(READERS)}")
-    return Load(read(trace, trace_format))
+    return read(trace, trace_format)
 
 
 def _text(result: dict[str, Any]) -> str:
     """The main answers, one a line."""
     lines = []
-    for name in SHOWN:
+    for name, parts in SHOWN.items():
         value = result[name]
-        if isinstance(value, dict):
-            value = ", ".join(f"{part} {_number(value[part])}" for part in SHOWN[name].split() if part in value)
+        if parts:
+            value = ", ".join(f"{part} {_number(value[part])}" for part in parts.split() if part in value)
         lines.append(f"{name:<26}{_number(value)}")
     for kind in ("active", "queued", "paused"):
-        mean, most = result["sessions"][kind]["mean"], result["sessions"][kind]["max"]
-        lines.append(f"{kind + ' sessions':<26}mean {_number(mean)}, max {most}")
+        count = result["sessions"][kind]
+        lines.append(f"{kind + ' sessions':<26}mean {_number(count['mean'])}, max {count['max']}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])]) + "\n"
 
 

@@ -6,6 +6,5 @@ from kit.simulator.steps import TICKS_PER_S, StepTime
 from kit.simulator.study import Load, replica, study
 
 __all__ = [
-    "COLUMNS", "ROUTINGS", "TICKS_PER_S", "Load", "Simulation", "SimulationConfig", "StepTime",
-    "replica", "study",
+    "COLUMNS", "ROUTINGS", "TICKS_PER_S", "Load", "Simulation", "SimulationConfig", "StepTime", "replica", "study",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from typing import Any
 
 from kit.scheduler import OPEN_END, Path, Request, SchedulerConfig
@@ -69,24 +70,24 @@ class Simulation:
     def run(self, sessions: Iterable[Session]) -> "Simulation":
         """Play the sessions (ordered by arrival) to their end, or to `until_s`."""
         until_s = self.config.until_s
-        limit = None if until_s is None else round(until_s * TICKS_PER_S)
+        limit = inf if until_s is None else round(until_s * TICKS_PER_S)
         for session in sessions:
             arrival = round(session.arrival_s * TICKS_PER_S)
-            if limit is not None and arrival >= limit:
+            if arrival >= limit:
                 break
             self._play((arrival, 0))
             self._begin(session, arrival, None)
-        self._play(None if limit is None else (limit, 0))
-        if limit is not None:
-            self.now = limit
+        self._play((limit, 0))
+        if until_s is not None:
+            self.now = round(limit)
             for replica in self.replicas:
-                replica.cut(limit, self.intervals)
+                replica.cut(self.now, self.intervals)
         return self
 
-    def _play(self, stop: tuple[int, int] | None) -> None:
+    def _play(self, stop: tuple[float, int]) -> None:
         """Process the events before `stop`; at one instant arrivals (0), step ends (1), plans (2)."""
         heap = self._heap
-        while heap and (stop is None or heap[0][:2] < stop):
+        while heap and heap[0][:2] < stop:
             self.now, kind, _, item = heappop(heap)
             self.events += 1
             if kind == 0:
@@ -110,8 +111,7 @@ class Simulation:
         if turn.compact_to is not None:
             state.chain = OPEN_END + next(self._numbers)
             state.context = state.session.shared_prefix_tokens + turn.compact_to
-        input_len = state.context + turn.new_tokens
-        path = self._path(state)
+        input_len, path = state.context + turn.new_tokens, self._path(state)
         request = Request(next(self._numbers), input_len, turn.output_len, path, state)
         request.times = [self.now]
         replica = state.replica = self.route(request, state.replica, self.now)
@@ -179,7 +179,7 @@ class Simulation:
         """A turn ended: write it down, start its children, schedule the next turn."""
         state: SessionState = request.owner
         del self.in_flight[request.key]
-        session = state.session
+        session, turn = state.session, state.session.turns[state.turn]
         last = state.turn + 1 == len(session.turns)
         arrival_s, admitted_s, first_s = (tick / TICKS_PER_S for tick in request.times)
         reusable = state.context if state.turn else 0
@@ -189,7 +189,6 @@ class Simulation:
             request.hit_tokens, reusable, state.pause_s, request.preemptions,
         ))  # fmt: skip
         state.context = request.input_len + request.output_len
-        turn = session.turns[state.turn]
         state.turn += 1
         if last:
             self._end_session(state)
@@ -205,8 +204,7 @@ class Simulation:
             self._arrive(state, state.resume)
 
     def _end_session(self, state: SessionState) -> None:
-        parent = state.parent
-        if parent is not None:
+        if (parent := state.parent) is not None:
             parent.waiting_children -= 1
             if parent.waiting_children == 0:
                 self._arrive(parent, max(parent.resume, self.now))

@@ -65,9 +65,8 @@ class Load:
 
     def _base(self) -> Iterator[Session]:
         if isinstance(self.source, Workload):
-            duration_s, endless = self.duration_s, not isinstance(self.source.arrivals, Burst)
-            if self.sessions is None and duration_s is None and endless:
-                duration_s = DEFAULT_DURATION_S
+            ends = self.sessions is not None or isinstance(self.source.arrivals, Burst)
+            duration_s = self.duration_s or (None if ends else DEFAULT_DURATION_S)
             return generate(self.source, self.seed, sessions=self.sessions, duration_s=duration_s)
         starts = None
         if not self.source.shared_clock:
