@@ -144,7 +144,7 @@ def leave_out(design: Design, x: np.ndarray, key) -> np.ndarray:
     errors = np.full((2, len(keys)), np.nan)
     for one in sorted(set(keys), key=str):
         out = np.array([other == one for other in keys])
-        without = design.solve(x, ~out, steps=8)
+        without = design.solve(x, ~out, steps=5)
         for kind, (value, _) in enumerate(design.predict(without)):
             errors[kind, out] = np.log(value[out] / design.seen[kind][out])
     return errors
@@ -219,7 +219,7 @@ def _without_either(design: Design, x: np.ndarray) -> np.ndarray:
     for engine, family, gpu in sorted({row.group for row in rows}):
         out = np.array([row.engine == engine and (row.family == family or row.gpu == gpu) for row in rows])
         mine = np.array([row.group == (engine, family, gpu) for row in rows])
-        without = design.solve(x, ~out, steps=8)
+        without = design.solve(x, ~out, steps=5)
         for kind, (value, _) in enumerate(design.predict(without)):
             errors[kind, mine] = np.log(value[mine] / design.seen[kind][mine])
     return errors

@@ -105,8 +105,10 @@ def _row(r: dict, *, bulk: bool) -> Row | str:
     quantization = QUANTIZATIONS.get(get("weight_quant"))
     if quantization is None:
         return "quantisation not stated"
-    if quantization in ("nvfp4", "fp8") and model.key.startswith("gpt-oss"):
-        quantization = "mxfp4"  # the only weights published
+    if quantization == "nvfp4" and model.key.startswith("gpt-oss"):
+        quantization = "mxfp4"  # the only 4-bit weights published
+    if quantization == "fp8" and model.key.startswith("gpt-oss"):
+        return "gpt-oss with 8-bit weights, which nobody publishes"
     if get("isl") is None or get("osl") is None:
         return "lengths not stated"
     return _made(r, get, engine, model.key, gpu, quantization)
@@ -120,6 +122,8 @@ def _not_comparable(r: dict, get, *, bulk: bool) -> str | None:
         return f"load type {get('load_type')}"
     if re.search(r"MTP|EAGLE|specul", str(get("notes")) + str(get("quote"))):
         return "speculative decoding"
+    if get("attn_dp") == 0:  # the same load at one stream is listed with TPOT of 8 and of 42 ms
+        return "parallelism recorded as 0, rows contradict each other"
     if (get("attn_dp") or 1) > 1:
         return "data-parallel attention, which the command line cannot ask for"
     if (get("pp") or 1) > 1 or (get("replicas") or 1) > 1:

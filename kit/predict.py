@@ -83,7 +83,10 @@ def predict(model: ModelSpec, gpu: GpuSpec, config: EngineConfig, ask: Ask) -> d
         result[name] = found[name] / stretch
     result |= {"itl_s": found["itl_s"], "intervals": _intervals(result, ask, basis), "basis": basis.basis}
     result |= {"slo_attainment_fraction": found["slo_attainment_fraction"], "warnings": list(basis.warnings)}
-    return result | {"limited_by": _limited_by(found["limited_by"], ask, steps, result)}
+    result["limited_by"] = _limited_by(found["limited_by"], ask, steps, result)
+    if result["limited_by"] == "kv_cache" and config.kv_cache_dtype == "auto":
+        result["warnings"].append("requests queue for KV cache: --kv-cache-dtype fp8 would hold twice as many")
+    return result
 
 
 def _intervals(result: dict[str, Any], ask: Ask, basis: Fitted) -> dict[str, list[float] | None]:
