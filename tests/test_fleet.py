@@ -306,8 +306,8 @@ def test_the_command_prints_a_table_and_json(monkeypatch, capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(json.dumps({
         "model": "llama-3.1-8b", "sessions": 10, "context_tokens": 8192, "workload": "customer-service",
-        "gpus": ["h100-pcie-80gb"], "fleet": {"sessions_per_day": 100},
-        "prices": {"h100-pcie-80gb": {"on_demand": 1.25}},
+        "gpus": ["l40s-48gb"], "fleet": {"sessions_per_day": 100},
+        "prices": {"l40s-48gb": {"on_demand": 1.25}},
     }))  # fmt: skip
     for extra in ([], ["--json"]):
         line = ["kit", "fleet", "--scenario", str(file), "--days", "1", "--policies", "on-demand", *extra]
@@ -320,4 +320,4 @@ def test_the_command_prints_a_table_and_json(monkeypatch, capsys, tmp_path):
         else:
             assert "on-demand" in text
             assert "modelled" in text
-            assert "quoted: h100-pcie-80gb at own: on_demand 1.25 USD" in text
+            assert "quoted: l40s-48gb at own: on_demand 1.25 USD" in text

@@ -13,6 +13,7 @@ FIGURES = {
     "usd_per_month": "USD/month", "usd_per_1k_conversations": "per 1k conv.", "usd_per_million_tokens": "per M tokens",
     "slo_attainment_fraction": "within SLO", "interruptions": "killed", "lost_turns": "lost", "idle_fraction": "idle",
 }  # fmt: skip
+MARKETS = ("on_demand", "spot", "reserved", "input", "output")
 
 
 def command(
@@ -38,42 +39,36 @@ def command(
 
 def _text(result: dict[str, Any]) -> str:
     """The policies with what they rest on; every line says modelled or quoted."""
-    head = f"{result['conversations']:,} conversations in {result['days']:g} days on {result['gpu']}, modelled:"
-    lines = [head, f"{'policy':<24}" + "".join(f"{text:>13}" for text in FIGURES.values())]
-    quotes: dict[str, Any] = {}
-    for name, row in sorted(result["policies"].items(), key=lambda one: one[1]["usd_per_month"]):
-        for label, figures in (
-            (name, row),
-            *((f"  {other} model", one) for other, one in row["other_interruptions"].items()),
-        ):
-            lines.append(f"{label:<24}" + "".join(f"{_number(figures[key]):>13}" for key in FIGURES))
-        quotes |= {json.dumps(price): price for price in row["prices"]}
+    lines = [f"{result['conversations']:,} conversations in {result['days']:g} days on {result['gpu']}, modelled:"]
+    lines.append(f"{'policy':<24}" + "".join(f"{text:>13}" for text in FIGURES.values()))
+    ranked = sorted(result["policies"].items(), key=lambda one: one[1]["usd_per_month"])
+    for name, row in ranked:
+        under = {name: row} | {f"  {model} model": one for model, one in row["other_interruptions"].items()}
+        for label, one in under.items():
+            lines.append(f"{label:<24}" + "".join(f"{_number(one[key]):>13}" for key in FIGURES))
         for check in row["checks"]:
-            usd, reached = check["usd_difference_fraction"], check["attainment_difference"]
-            lines.append(
-                f"  minutes against turns, day {check['day']}: cost {usd:+.1%}, attainment {reached * 100:+.1f} points"
-            )
+            off = f"cost {check['usd_difference_fraction']:+.1%}, attainment {check['attainment_difference']:+.1%}"
+            lines.append(f"  minutes against turns on day {check['day']}: {off}")
         if row.get("lead_outlasts_burst"):
-            low, high = row["lead_time_s"]
-            lines.append(
-                f"  a new replica takes {low:.0f} to {high:.0f} s, the median burst lasts {row['burst_s']:.0f} s"
-            )
+            low, high = map(round, row["lead_time_s"])
+            lines.append(f"  a new replica takes {low} to {high} s, the median burst lasts {row['burst_s']:.0f} s")
     for name, one in result["capacity"].items():
         low, high = one["turns_per_s_interval"]
         lines.append(f"modelled: {name}: {one['turns_per_s']:.3g} turns/s within the SLO, 90 % {low:.3g} to {high:.3g}")
-    for price in quotes.values():
-        age = "of unknown date" if price["age_days"] is None else f"{price['age_days']} days old"
-        usd = [
-            f"{key} {price[key]:g}" for key in ("on_demand", "spot", "reserved", "input", "output") if price.get(key)
-        ]
-        stale = " STALE" if price["is_stale"] else ""
-        what = price.get("gpu") or price["model"]
-        lines.append(f"quoted: {what} at {price['provider']}: {', '.join(usd)} USD ({price['source']}, {age}){stale}")
+    quotes = {json.dumps(price): price for _, row in ranked for price in row["prices"]}
+    lines += [_quoted(price) for price in quotes.values()]
     lines += [f"left out: {name}: {reason}" for name, reason in result["skipped"].items()]
-    verdict = f"cheapest within the SLO for 95 % of turns: {result['cheapest_meeting_slo']}"
+    lines.append(f"cheapest within the SLO for 95 % of turns: {result['cheapest_meeting_slo'] or 'none'}")
     if result["nearest"]:
-        verdict = f"no policy keeps the SLO for 95 % of turns; nearest: {result['nearest']}"
-    return "\n".join([*lines, verdict]) + "\n"
+        lines.append(f"no policy keeps the SLO for 95 % of turns; nearest: {result['nearest']}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(price: dict[str, Any]) -> str:
+    age = "unknown date" if price["age_days"] is None else f"{price['age_days']} days old"
+    usd = ", ".join(f"{key} {price[key]:g}" for key in MARKETS if price.get(key)) + " USD"
+    what = f"{price.get('gpu') or price['model']} at {price['provider']}: {usd} ({price['source']}, {age})"
+    return f"quoted: {what}{' STALE' if price['is_stale'] else ''}"
 
 
 def _number(value: float | None) -> str:

@@ -46,7 +46,7 @@ class Study:
         if given["interruption_model"] not in self.interruptions:
             raise unknown("interruption_model", given["interruption_model"], self.interruptions)
         self.case, self.days, self.seed, self.today = case, days, seed, today or dt.date.today()
-        self.slo = {"ttft_s": None, "tpot_s": None} | case.slo
+        self.slo: dict[str, float | None] = {"ttft_s": None, "tpot_s": None, **case.slo}
         self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
         self.traffic = Traffic(case, self.settings, days, seed)
         self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
@@ -100,13 +100,9 @@ class Study:
         for one in self.policies[policy]["groups"]:
             kind = self.kind(self.settings.burst_gpu or self.gpu, self.case.model) if one.get("burst") else main
             price, rated = self.price(kind.gpu.key, one["market"]), kind.rated_per_s
-            fixed = sum(group.floor * group.kind.rated_per_s for group in made)
-            counts = {
-                "peak": share * self.peak_per_s / rated,
-                "mean": share * self.turns_per_s.mean() / rated,
-                "missing": (share * self.peak_per_s - fixed) / rated,
-            }
-            most = {name: max(1, ceil(count)) for name, count in counts.items()}
+            loads = {"peak": share * self.peak_per_s, "mean": share * float(self.turns_per_s.mean())}
+            loads["missing"] = loads["peak"] - sum(group.floor * group.kind.rated_per_s for group in made)
+            most = {name: max(1, ceil(load / rated)) for name, load in loads.items()}
             if one.get("size") == "baseline":
                 list_price = self.price(kind.gpu.key, "on_demand")
                 repaid = price.usd_per_hour("reserved") / list_price.usd_per_hour("on_demand")
@@ -166,6 +162,8 @@ class Study:
         record, settings, end_s, whole = self.policies[policy], self.settings, self.days * DAY_S, self.days <= 1
         if record.get("api"):
             return self._api()
+        for one in record["groups"][:1]:  # refused before anything is simulated
+            self.price(settings.tier_gpu if record.get("tiers") else self.gpu, one["market"])
         main, parts = self.kind(self.gpu, self.case.model), Parts()
         if edge := settings.tier_fraction if record.get("tiers") else 0.0:
             small = self.kind(settings.tier_gpu, settings.tier_model)
@@ -204,7 +202,7 @@ class Study:
         usd = (usd + (price.cached or price.input) * load.resent_tokens) * len(load.starts_s) / 1e6
         bill = [{"gpu": "", "market": "per_token", "usd_per_gpu_hour": None, "gpu_hours": 0.0, "usd": usd}]
         figures = self._figures(Counter(), bill, self.days * DAY_S) | {"gpu_hours": {}, "interruption_model": None}
-        figures |= {"lost_turns": None, "interruptions": None}
+        figures |= {"lost_turns": None, "interruptions": None, "turns": None}
         told = {"method": "quoted", "prices": [price.told(self.today)], "other_interruptions": {}, "checks": []}
         return figures | told
 
