@@ -37,10 +37,8 @@ class Call:
     def __post_init__(self) -> None:
         times = self.arrival_s, self.elapsed_s, self.pause_s or 0.0
         if self.input_len < 1 or self.output_len < 0 or not all(0 <= value < inf for value in times):
-            raise ValueError(
-                f"input {self.input_len}, output {self.output_len} tokens, times {times}: "
-                "lengths and times cannot be negative, an input not empty"
-            )
+            given = f"input {self.input_len}, output {self.output_len} tokens, times {times}"
+            raise ValueError(f"{given}: lengths and times cannot be negative, an input not empty")
 
 
 @dataclass(slots=True)
@@ -149,13 +147,11 @@ def _mooncake(line: str) -> Call:
 
 
 def _weka(row: Row) -> Call:
-    agent, tokens = row["agent"], int(row["in_tokens"])
+    agent, tokens, pause = row["agent"], int(row["in_tokens"]), row["think_time_s"]
     return Call(
-        float(row["t_s"]), tokens, int(row["out_tokens"]),
-        session=f"{row['trace']}/{agent}",
+        float(row["t_s"]), tokens, int(row["out_tokens"]), f"{row['trace']}/{agent}",
         parent=f"{row['trace']}/{agent.rpartition('/')[0]}" if "/" in agent else "",
-        pause_s=float(row["think_time_s"]) if row["think_time_s"] else None,
-        elapsed_s=float(row["api_time_s"] or 0),
+        pause_s=float(pause) if pause else None, elapsed_s=float(row["api_time_s"] or 0),
         reusable_tokens=min(int(row["seen_blocks_prefix"]) * WEKA_BLOCK_TOKENS, tokens),
     )  # fmt: skip
 
