@@ -30,6 +30,7 @@ class Ask:
     prefix_hit_fraction: float = 0.0
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
+    requests_per_stream: int = REQUESTS_PER_STREAM  # of a closed loop
 
     def check(self) -> None:
         """Refuses what no server could be asked."""
@@ -54,7 +55,7 @@ class Ask:
 
         lengths = (self.input_tokens, self.output_tokens)
         for key in range(self.concurrency or OPEN_LOOP_REQUESTS):
-            turns = [turn() for _ in range(REQUESTS_PER_STREAM if self.concurrency else 1)]
+            turns = [turn() for _ in range(self.requests_per_stream if self.concurrency else 1)]
             at_s += rng.expovariate(self.request_rate) if self.request_rate else 0.0
             yield Session(key, at_s, turns, shared_prefix_tokens=shared)
 
@@ -79,8 +80,7 @@ def predict(model: ModelSpec, gpu: GpuSpec, config: EngineConfig, ask: Ask) -> d
         for name, delay in delays.items()
     }
     stretch = 1 + before_s / found["e2el_s"]["mean"] if ask.concurrency else 1.0
-    for name in ("output_tokens_per_s", "requests_per_s"):
-        result[name] = found[name] / stretch
+    result |= {name: found[name] / stretch for name in ("output_tokens_per_s", "requests_per_s")}
     result |= {"itl_s": found["itl_s"], "intervals": _intervals(result, ask, basis), "basis": basis.basis}
     result |= {"slo_attainment_fraction": found["slo_attainment_fraction"], "warnings": list(basis.warnings)}
     result["limited_by"] = _limited_by(found["limited_by"], ask, steps, result)
