@@ -28,13 +28,14 @@ RANKS = {
     6: ["scenario", "simulator", "emulator"],
     7: ["decision", "loadgen", "predict"],
     8: ["engines"],
-    9: ["tune"],
-    10: ["fleet"],
-    11: ["deploy"],
-    12: ["plots", "accuracy", "article"],
-    13: ["notebook", "report"],
-    14: ["run"],
-    15: ["cli"],
+    9: ["measure"],
+    10: ["tune"],
+    11: ["fleet"],
+    12: ["deploy"],
+    13: ["plots", "accuracy", "article"],
+    14: ["notebook", "report"],
+    15: ["run"],
+    16: ["cli"],
 }
 # Traces become sessions and a workload may replay a trace: two modules, one unit.
 UNITS = {"traces": "workload"}

@@ -12,8 +12,7 @@ import numpy as np
 
 from kit.emulator.hidden import Truth
 from kit.emulator.page import Page
-from kit.scheduler import Batch, Request, Scheduler, SchedulerConfig
-from kit.simulator import StepTime
+from kit.scheduler import Batch, Request, Scheduler, SchedulerConfig, StepTime
 
 NEVER = float("inf")
 SPIN_S = 0.002  # event-loop timers are a millisecond coarse: the last of a wait is spent polling

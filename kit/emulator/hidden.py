@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kit.catalog.paths import DATA, load_yaml
-from kit.scheduler import SchedulerConfig
-from kit.simulator import StepTime
+from kit.scheduler import SchedulerConfig, StepTime
 
 
 @dataclass(frozen=True, slots=True)

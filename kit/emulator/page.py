@@ -56,6 +56,7 @@ class Page:
             rows += [(name, labels, value)] if name else []
         for name, label in self.own.get("ended", {}).items():
             rows += [(name, f'{label}="{why}",{common}', values[why]) for why in ("stop", "length", "abort")]
+        rows = list({row[:2]: row for row in rows}.values())  # SGLang tells two of our quantities in one counter
         lines = self.late.lines("emulator_clock_lateness_seconds", common)
         for name, samples in {name: [row for row in rows if row[0] == name] for name, *_ in rows}.items():
             lines.append(f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}")

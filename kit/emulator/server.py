@@ -23,8 +23,7 @@ from kit.emulator.page import Page
 from kit.emulator.text import TOKEN_BYTES, PrefixTree, prompt_bytes, scripted, words
 from kit.engine_config import ResolvedConfig
 from kit.errors import UserError
-from kit.scheduler import Request, SchedulerConfig
-from kit.simulator import StepTime
+from kit.scheduler import Request, SchedulerConfig, StepTime
 
 Body = dict[str, Any]
 Answer = str | list[Body]  # text, or tool calls

@@ -1,7 +1,8 @@
-"""What a scheduler is told and what it plans: limits, calls, steps."""
+"""What a scheduler is told and what it plans: limits, calls, steps and who times them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kit.scheduler.pool import Path
 
@@ -53,3 +54,15 @@ class Batch:
         self.preempted: list[Request] = []
         self.decodes = 0  # rows that generate one token each
         self.context = 0  # KV tokens that the decode rows read, in all
+
+
+class StepTime(Protocol):
+    """What a step-time model offers; chunks are (new tokens, tokens before them)."""
+
+    def step_s(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int) -> float:
+        """Seconds of a step with prefill; `context` is the KV tokens that the decode rows read."""
+        ...
+
+    def decode_line(self, decodes: int) -> tuple[float, float]:
+        """Seconds of a pure decode step: a constant, and per KV token that the rows read."""
+        ...

@@ -9,11 +9,11 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from kit.scheduler import OPEN_END, Path, Request, SchedulerConfig
+from kit.scheduler import OPEN_END, Path, Request, SchedulerConfig, StepTime
 from kit.simulator.intervals import IntervalHistogram
 from kit.simulator.replica import Replica
 from kit.simulator.routing import router
-from kit.simulator.steps import TICKS_PER_S, StepClock, StepTime
+from kit.simulator.steps import TICKS_PER_S, StepClock
 from kit.workload import Session
 
 COLUMNS = (

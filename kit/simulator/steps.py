@@ -1,23 +1,8 @@
 """Step times as integers, so that a run of steps in closed form equals its steps one by one."""
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from kit.scheduler import Batch
+from kit.scheduler import Batch, StepTime
 
 TICKS_PER_S = 10**15
-
-
-class StepTime(Protocol):
-    """What a step-time model offers; chunks are (new tokens, tokens before them)."""
-
-    def step_s(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int) -> float:
-        """Seconds of a step with prefill; `context` is the KV tokens that the decode rows read."""
-        ...
-
-    def decode_line(self, decodes: int) -> tuple[float, float]:
-        """Seconds of a pure decode step: a constant, and per KV token that the rows read."""
-        ...
 
 
 class StepClock:

@@ -13,10 +13,9 @@ from kit.catalog import GpuSpec, ModelSpec
 from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
 from kit.memory import plan
-from kit.scheduler import SchedulerConfig, scheduler_config
+from kit.scheduler import SchedulerConfig, StepTime, scheduler_config
 from kit.simulator.answers import answers, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
-from kit.simulator.steps import StepTime
 from kit.steptime import fitted, step_time
 from kit.traces import Trace
 from kit.workload import Session, Workload, generate

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from kit.scheduler import StepTime
 from kit.simulator.answers import columns, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
-from kit.simulator.steps import TICKS_PER_S, StepTime
+from kit.simulator.steps import TICKS_PER_S
 from kit.simulator.study import Load
 from kit.workload import Session
 
