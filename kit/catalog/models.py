@@ -111,13 +111,14 @@ def _from_hub(name: str) -> ModelSpec | None:
     if "/" not in name or os.environ.get("HF_HUB_OFFLINE") == "1":
         return None
     import urllib.request  # 20 ms that only this path needs
+    from urllib.parse import quote
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    request = urllib.request.Request(f"{endpoint}/{name}/resolve/main/config.json")
+    request = urllib.request.Request(f"{endpoint}/{quote(name)}/resolve/main/config.json")
     if token := os.environ.get("HF_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return parse_config(json.load(answer), key=name, source=f"{endpoint}/{name}")
-    except (OSError, json.JSONDecodeError):  # urllib's errors are OSErrors
+    except (OSError, ValueError):  # not reachable, no such model, or no JSON
         return None
