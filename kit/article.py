@@ -45,14 +45,15 @@ class Line:
         return "; on condition ".join(numbers)
 
 
-def lines(notebook: str) -> list[Line]:
-    """The lines that a notebook answers, by its two digits."""
-    return [line(record) for record in load_yaml(DATA / "article.yaml")["lines"] if notebook in record["notebooks"]]
+def lines(notebook: str, found: Mapping[str, float] | None = None) -> list[Line]:
+    """The lines that a notebook answers, by its two digits: those computed, or those that what it `found` answers."""
+    records = load_yaml(DATA / "article.yaml")["lines" if found is None else "measured"]
+    return [line(record, found) for record in records if notebook in record["notebooks"]]
 
 
-def rows(notebook: str) -> list[dict[str, str]]:
+def rows(notebook: str, measured: Mapping[str, float] | None = None) -> list[dict[str, str]]:
     """A notebook's lines as a table reads them."""
-    found = lines(notebook)
+    found = lines(notebook, measured)
     texts = ((one.id, one.claim, one.figure, one.shown, f"**{one.verdict}**", one.reason) for one in found)
     return [dict(zip(HEADINGS, text, strict=True)) for text in texts]
 
@@ -90,12 +91,12 @@ def _holds(case: scenario.Scenario, key: str) -> str:
     return f"{node['replicas']} replicas of {node['gpu_count']}x {key}" if node and not case.models else ""
 
 
-def line(record: Mapping[str, Any]) -> Line:
-    """A record of data/article.yaml, computed."""
-    numbers = [compute(record[name]) for name in ("ours", "condition") if name in record]
+def line(record: Mapping[str, Any], found: Mapping[str, float] | None = None) -> Line:
+    """A record of data/article.yaml, computed, or looked up in what was found."""
+    numbers = [compute(record[name], found) for name in ("ours", "condition") if name in record]
     verdict = VERDICTS[next((rank for rank, number in enumerate(numbers) if agrees(number, record["rule"])), 2)]
     ours, condition = numbers[0], numbers[1] if len(numbers) > 1 else None
-    reason = record["reason"].format(ours=ours, condition=condition, **_also(record))
+    reason = record["reason"].format(ours=ours, condition=condition, **_also(record), **(found or {}))
     return Line(record["id"], record["claim"], f"{record['figure']} {record['unit']}", ours, condition, verdict, reason)
 
 
@@ -110,8 +111,13 @@ def agrees(number: float, rule: Mapping[str, float]) -> bool:
     return rule.get("at_least", -inf) <= number <= rule.get("at_most", inf)
 
 
-def compute(asked: Mapping[str, Any]) -> float:
-    """The number of one `{name: {arguments}}` of data/article.yaml; keys become what they name."""
+def compute(asked: Mapping[str, Any] | str, found: Mapping[str, float] | None = None) -> float:
+    """The number of one `{name: {arguments}}` of data/article.yaml; keys become what they name.
+
+    A text alone names a number that was found.
+    """
+    if isinstance(asked, str):
+        return (found or {})[asked]
     ((name, arguments),) = asked.items()
     found = {key: KINDS[key](value) if key in KINDS else value for key, value in arguments.items()}
     return float(CALCULATIONS[name](**found))

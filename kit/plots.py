@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from kit.catalog import GpuSpec, ModelSpec, gpu_keys
 from kit.engine_config import EngineConfig
@@ -198,20 +198,22 @@ def throughput_over_ttft(
     for part, rows, colour, style, face in parts:
         known = [row for row in rows if row[f"ttft_{part}_s"] is not None]
         x, y = ([row[name] for row in known] for name in (f"ttft_{part}_s", "output_tokens_per_s"))
-        label = f"{part}" if rows is curve else f"{part}, kit predict (modelled)"
+        label = part if rows is curve else f"{part}, kit predict (modelled)"
         ax.plot(x, y, style, color=colour, label=label, markerfacecolor=face or None)
         for row in known if rows is curve and part == "p90" else ():
             at = row["ttft_p90_s"], row["output_tokens_per_s"]
-            ax.annotate(f"{row['concurrency']:,}", at, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=9)
+            ax.annotate(row["concurrency"], at, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=9)
     ax.axvline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":")
     ax.text(limit_s, 0.02, f" limit {limit_s:g} s", transform=ax.get_xaxis_transform(), va="bottom")
     ax.set(xscale="log", xlabel="TTFT (s)", ylabel="Output tokens per second", ylim=(0, None))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.legend(loc="upper left", title="at n streams")
+    ax.minorticks_off()
+    ax.legend(loc="upper left", title="at n streams", alignment="left")
     within = [row for row in curve if row["ttft_p90_s"] is not None and row["ttft_p90_s"] <= limit_s]
     best = max(within, key=lambda row: float(row["output_tokens_per_s"]), default=None)
-    told = "no level keeps" if best is None else f"{best['concurrency']} streams, {best['output_tokens_per_s']:,.0f} tokens/s, keep"
-    _headline(ax, f"Of these levels {told} p90 TTFT within {limit_s:g} s", under)
+    told = "At {concurrency} streams {output_tokens_per_s:,.0f} tokens/s" if best else "No level"
+    _headline(ax, f"{told.format(**best or {})} with p90 TTFT within {limit_s:g} s", under)
     return ax
 
 
