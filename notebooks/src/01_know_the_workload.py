@@ -149,12 +149,10 @@ print(notebook.table([*turns.bursts(measures), azure]))
 print(notebook.table(turns.bodies(sessions)))
 
 # %%
-done = played[(played["session"] > 0) & (played["last_turn"] == 1)].set_index("session")
-begun = played[played["turn"] == 0].set_index("session")["arrival_s"]
-spans = (done["end_s"] - begun).dropna().sort_values()
-middle = done.loc[spans.index[len(spans) // 2]]
-example = played[played["session"] == middle.name]
-plots.session_timeline(next(one for one in sessions if one.key == middle["key"]), example, under)
+roots = played[played["session"] > 0].groupby("session")
+spans = (roots["end_s"].max() - roots["arrival_s"].min()).sort_values()
+example = played[played["session"] == spans.index[len(spans) // 2]]
+plots.session_timeline(next(one for one in sessions if one.key == example["key"].iloc[0]), example, under)
 plt.show()
 
 # %% [markdown]
