@@ -8,6 +8,8 @@ import ssl
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from sse_server import HEAD, chunk, event, paced, serving, status, token, usage
 
 from kit.errors import UserError
 from kit.loadgen import Options, Target, fixed_sessions, level, measure
-from kit.loadgen.plan import arrivals
 from kit.loadgen.prompts import Conversation, PromptModel
 from kit.loadgen.selfcheck import OwnLag, verdict
-from kit.loadgen.summary import _attainment
+from kit.loadgen.summary import attainment
 from kit.metrics import Requests
 from kit.workload import Session, Turn
+from kit.workload.arrivals import Renewal
 
 KEYS = """
 verdict verdict_reasons sent completed failed failures peak_in_flight
@@ -93,7 +95,8 @@ def test_closed_loop_by_duration_repeats_with_new_texts() -> None:
 def test_rate_sends_every_request_of_the_drawn_schedule(tmp_path: Path) -> None:
     with serving(paced(0.01, 0.0)) as server:
         got = run(server, "request_rate", 100.0, duration_s=1.0, seed=5, out=tmp_path)
-    drawn = [at for at in (next(times) for times in [arrivals(100.0, 1.0, 5)] * 400) if at <= 1.0]
+    times = Renewal(kind="poisson", rate_per_s=100.0).times(np.random.default_rng(5))
+    drawn = [at for at in islice(times, 400) if at <= 1.0]
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     planned = sorted(line["scheduled_s"] for line in lines)
     assert got["sent"] == len(drawn) == len(planned)
@@ -103,22 +106,20 @@ def test_rate_sends_every_request_of_the_drawn_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("burstiness", [0.5, 1.0, 3.0])
 def test_gaps_have_the_asked_variation(burstiness: float) -> None:
-    times = arrivals(20.0, burstiness, 1)
-    gaps = np.diff([next(times) for _ in range(20_000)])
+    plan = level("request_rate", 20.0, fixed_sessions(10, 10), requests=20_000, burstiness=burstiness, seed=1)
+    gaps = np.diff([session.arrival_s for session in plan.sessions])
     assert gaps.mean() == pytest.approx(1 / 20, rel=0.1)
     assert gaps.std() / gaps.mean() == pytest.approx(burstiness, rel=0.1)
 
 
 def test_coordinated_omission_shows_on_the_schedule() -> None:
-    """Capacity 1, 100 ms of service, 50 requests/s, capped at one in flight by the client."""
-    with serving(paced(0.1, 0.0, 1)) as server:
-        got = run(
-            server, "request_rate", 50.0, requests=20, max_concurrency=1, output_len=1,
-            options={"slo_ttft_s": 0.5},
-        )  # fmt: skip
-    assert server.peak == 1
+    """200 at once from a client that sends one every 8 ms: what waits in it counts from the schedule."""
+    plan = replace(level("burst", 200, fixed_sessions(60, 1)), send_gap_s=0.008)
+    with serving(paced(0.05, 0.0)) as server:
+        (got,) = measure(Target(server.base_url, "m"), [plan], Options(slo_ttft_s=0.5, log=lambda line: None))
     assert got["ttft_scheduled_s"]["p90"] > got["ttft_s"]["p90"] + 1.0
     assert got["e2el_scheduled_s"]["p90"] > got["e2el_s"]["p90"] + 1.0
+    assert got["verdict"] == "CLIENT_BOUND"
     assert attained(got) < 0.5
 
 
@@ -408,10 +409,10 @@ def test_verdict(own: OwnLag, slo: float | None, server: dict[str, Any], word: s
 
 
 def test_a_bound_client_passes_no_slo() -> None:
-    good = _attainment(_requests(100, 0.2), (0.5, None), "VALID")
+    good = attainment(_requests(100, 0.2), (0.5, None), "VALID")
     assert (good["slo_attainment_fraction"], good["slo_met"]) == (1.0, True)
     assert good["slo_attainment_interval"] == pytest.approx((0.963, 1.0), abs=1e-3)
-    bound = _attainment(_requests(100, 0.2), (0.5, None), "CLIENT_BOUND")
+    bound = attainment(_requests(100, 0.2), (0.5, None), "CLIENT_BOUND")
     assert (bound["slo_attainment_fraction"], bound["slo_met"]) == (None, False)
     assert bound["goodput_requests_per_s"] is None
 
@@ -553,7 +554,7 @@ SERVER = ["--base-url", "http://127.0.0.1:9", "--model", "m"]
         ([*SERVER, *LENGTHS, "--burst", "ten"], "--burst 'ten'"),
         ([*SERVER, *LENGTHS, "--request-rate", "-1"], "--request-rate '-1'"),
         ([*SERVER, *LENGTHS, "--request-rate", "1", "--burstiness", "0"], "--burstiness 0"),
-        ([*SERVER, *LENGTHS, "--burst", "2", "--concurrency", "2"], "--burst excludes"),
+        ([*SERVER, *LENGTHS, "--burst", "2", "--concurrency", "2"], "exclude each other"),
         ([*SERVER, "--input-tokens", "5", "--burst", "2"], "needed together"),
         ([*SERVER, *LENGTHS, "--workload", "x", "--burst", "2"], "give one of"),
         ([*SERVER, "--workload", "no-such", "--burst", "2"], "no-such"),

@@ -3,8 +3,10 @@
 import json
 import os
 import sys
+from itertools import islice
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
@@ -13,6 +15,10 @@ from kit.errors import UserError
 
 if TYPE_CHECKING:
     from kit.loadgen import Level
+
+ARRIVALS: dict[str, type[int] | type[float]] = {"burst": int, "concurrency": int, "request_rate": float}
+POSITIVE = ("input_tokens", "output_tokens", "requests", "duration", "workers", "burstiness", "timeout_s",
+            "slo_ttft_s", "slo_tpot_s")  # fmt: skip
 
 
 def command(
@@ -24,7 +30,7 @@ def command(
     trace: Annotated[str | None, Option(help="trace file to replay")] = None,
     trace_format: Annotated[str | None, Option(help="azure, mooncake, weka, burstgpt")] = None,
     burst: Annotated[str | None, Option(help="N at once; 100,1000 for levels")] = None,
-    concurrency: Annotated[str | None, Option(help="N streams, each goes on when it ends; with a rate: a cap")] = None,
+    concurrency: Annotated[str | None, Option(help="N streams, each goes on when it ends")] = None,
     request_rate: Annotated[str | None, Option(help="arrivals per second")] = None,
     burstiness: Annotated[float, Option(help="CV of the gaps; 1 is Poisson")] = 1.0,
     requests: Annotated[int | None, Option(help="how many requests, or sessions")] = None,
@@ -33,7 +39,7 @@ def command(
     slo_tpot_s: SloTpot = None,
     api_key_env: Annotated[str | None, Option(help="environment variable with the key")] = None,
     metrics_url: Annotated[str | None, Option(help="default: /metrics of the server")] = None,
-    endpoint: Annotated[str, Option(help="chat or completions")] = "chat",
+    endpoint: Annotated[Literal["chat", "completions"], Option()] = "chat",
     cold_connects: Annotated[bool, Option("--cold-connects", help="one for each request")] = False,
     timeout_s: Annotated[float, Option(help="a longer request is a failure")] = 600.0,
     workers: Annotated[int | None, Option(help="processes; default by streams")] = None,
@@ -49,12 +55,10 @@ def command(
 
     target = Target(base_url, model, endpoint, api_key_env, timeout_s, cold_connects)
     levels = _levels(asked)
-    options = Options(slo_ttft_s, slo_tpot_s, workers, metrics_url)
-    summaries = measure(target, levels, options, out, asked)
+    summaries = measure(target, levels, Options(slo_ttft_s, slo_tpot_s, workers, metrics_url), out, asked)
     for level, summary in zip(levels, summaries, strict=True):
         if input_tokens and output_tokens:
-            same = equivalents(target, level, input_tokens, output_tokens, burstiness)
-            summary["equivalents"] = same
+            summary["equivalents"] = equivalents(target, level, input_tokens, output_tokens, burstiness)
         (sys.stderr if as_json else sys.stdout).write(text(summary))
     if as_json:
         passing = [s["sent"] for s in summaries if s["slo_met"] and s["level"].startswith("burst")]
@@ -62,15 +66,16 @@ def command(
         sys.stdout.write(json.dumps(summaries[0] if len(summaries) == 1 else several) + "\n")
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _check(asked: dict[str, Any]) -> None:
     """Refuse bad and contradicting options, each named with its value."""
-    for name in ("input_tokens", "output_tokens", "requests", "duration", "workers", "burstiness",
-                 "timeout_s", "slo_ttft_s", "slo_tpot_s"):  # fmt: skip
+    for name in POSITIVE:
         value = asked[name]
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: want a number above 0")
-    if asked["endpoint"] not in ("chat", "completions"):
-        raise UserError(f"--endpoint {asked['endpoint']!r}: choices: chat, completions")
+        if value is not None and not 0 < value < inf:
+            raise UserError(f"{_flag(name)} {value}: want a number above 0")
     lengths = [asked["input_tokens"] is not None, asked["output_tokens"] is not None]
     if sum([any(lengths), asked["workload"] is not None, asked["trace"] is not None]) != 1:
         raise UserError("give one of: --input-tokens with --output-tokens, --workload, --trace")
@@ -78,21 +83,19 @@ def _check(asked: dict[str, Any]) -> None:
         raise UserError("--input-tokens and --output-tokens are needed together")
     if (asked["trace"] is None) != (asked["trace_format"] is None):
         raise UserError("--trace and --trace-format are needed together")
-    if asked["burst"] and (asked["request_rate"] or asked["concurrency"]):
-        raise UserError("--burst excludes --concurrency and --request-rate")
     name = asked["api_key_env"]
     if name is not None and not (os.environ.get(name) and os.environ[name].isprintable()):
         raise UserError(f"--api-key-env {name}: no such environment variable, or no key in it")
 
 
-def _values(option: str, text: str, kind: type[int] | type[float]) -> list[float]:
+def _values(arrivals: str, text: str) -> list[float]:
     """The levels of an option: positive numbers separated by commas."""
     try:
-        values = [float(kind(part)) for part in text.split(",")]
+        values = [float(ARRIVALS[arrivals](part)) for part in text.split(",")]
     except ValueError:
         values = [0.0]
-    if not all(0 < value < float("inf") for value in values):
-        raise UserError(f"{option} {text!r}: want a number above 0, or several with commas")
+    if not all(0 < value < inf for value in values):
+        raise UserError(f"{_flag(arrivals)} {text!r}: want a number above 0, or several with commas")
     return values
 
 
@@ -103,32 +106,23 @@ def _levels(asked: dict[str, Any]) -> "list[Level]":
     from kit.workload import generate, load
 
     requests, duration, seed = asked["requests"], asked["duration"], asked["seed"]
-    rate, burst, streams = asked["request_rate"], asked["burst"], asked["concurrency"]
+    given = [name for name in ARRIVALS if asked[name]]
+    if len(given) > 1:
+        raise UserError("--burst, --concurrency, --request-rate exclude each other")
+    if given:
+        if asked["workload"]:
+            source = plan.workload_sessions(asked["workload"], seed)
+        elif asked["trace"]:
+            source = plan.trace_sessions(asked["trace"], asked["trace_format"])
+        else:
+            source = plan.fixed_sessions(asked["input_tokens"], asked["output_tokens"])
+        more = {"requests": requests, "duration_s": duration, "burstiness": asked["burstiness"], "seed": seed}
+        return [plan.level(given[0], value, source, **more) for value in _values(given[0], asked[given[0]])]
     if asked["workload"]:
-        source = plan.workload_sessions(asked["workload"], seed)
-    elif asked["trace"]:
-        source = plan.trace_sessions(asked["trace"], asked["trace_format"])
-    else:
-        source = plan.fixed_sessions(asked["input_tokens"], asked["output_tokens"])
-    more: dict[str, Any] = {"requests": requests, "duration_s": duration, "seed": seed}
-    slots = _values("--concurrency", streams, int) if streams else []
-    if rate:
-        if len(slots) > 1:
-            raise UserError("--concurrency as a cap of --request-rate takes one number")
-        more |= {"burstiness": asked["burstiness"], "max_concurrency": int(sum(slots)) or None}
-        rates = _values("--request-rate", rate, float)
-        return [plan.level("request_rate", value, source, **more) for value in rates]
-    if burst:
-        sizes = _values("--burst", burst, int)
-        return [plan.level("burst", value, source, **more) for value in sizes]
-    if slots:
-        return [plan.level("concurrency", value, source, **more) for value in slots]
-    if asked["workload"]:
-        workload = load(asked["workload"])
-        drawn = generate(workload, seed, sessions=requests, duration_s=duration)
-        return [plan.own_arrivals(list(drawn), duration)]
+        drawn = generate(load(asked["workload"]), seed, sessions=requests, duration_s=duration)
+        return [plan.own_arrivals(drawn, duration)]
     if asked["trace"]:
         trace = read(asked["trace"], asked["trace_format"])
         if trace.shared_clock:
-            return [plan.own_arrivals(list(trace.sessions())[:requests], duration)]
+            return [plan.own_arrivals(islice(trace.sessions(), requests), duration)]
     raise UserError("give one of --burst, --concurrency, --request-rate")

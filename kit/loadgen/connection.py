@@ -12,6 +12,7 @@ import socket
 import ssl
 import struct
 from array import array
+from functools import cached_property
 from random import randrange
 from time import monotonic, time
 from typing import TYPE_CHECKING
@@ -43,29 +44,27 @@ READS_KEPT, READS_SPREAD = 96, 64
 class Call:
     """One request on the wire: its raw reads with arrival times, parsed when there is time."""
 
-    __slots__ = (
-        "arrivals", "asked", "connect_s", "conversation", "data", "due", "eager", "end", "keep",
-        "parser", "reads", "reason", "retried", "scheduled", "sent", "turn",
-    )  # fmt: skip
-
-    def __init__(self, conversation: Conversation, scheduled: float = 0.0) -> None:
+    def __init__(self, conversation: Conversation) -> None:
         self.conversation, self.turn = conversation, conversation.turn
         self.asked = conversation.session.turns[self.turn]
-        self.scheduled = self.due = scheduled  # due: later only where a concurrency cap held it
-        self.data: bytes | None = None
+        self.scheduled = self.sent = self.end = self.connect_s = float("nan")
+        self.data = b""
         self.reason: str | None = None
-        self.connect_s: float | None = None
         self.retried = False
         self.keep = READS_KEPT + randrange(READS_SPREAD)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget an attempt that met a connection already closed by the server."""
         self.reads: list[bytes] = []
         self.arrivals = array("d")
-        self.parser = StreamParser(keep_text=not self.conversation.last)
         self.eager = True
-        self.sent = self.end = float("nan")
+
+    @cached_property
+    def parser(self) -> StreamParser:
+        """Made at the first parse: until then a call is cheap."""
+        return StreamParser(keep_text=not self.conversation.last)
+
+    @property
+    def answered(self) -> bool:
+        """Whether any byte came back."""
+        return bool(self.reads) or "parser" in vars(self)
 
     def parse(self, limit: int | None = None) -> bool:
         """Feed waiting reads to the parser; true when none is left."""
@@ -80,42 +79,37 @@ class Connection:
     """One socket with at most one call on it."""
 
     def __init__(self, owner: "Driver", loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-        self.owner, self.loop, self.sock = owner, loop, sock
+        self.owner, self.loop, self.sock, self.recvmsg = owner, loop, sock, sock.recvmsg
         self.call: Call | None = None
         self.used = 0
         self.open = True
         self.connect_s = 0.0
         self.transport: asyncio.Transport | None = None
-        self.recvmsg = sock.recvmsg
         self._unsent = memoryview(b"")
 
     def send(self, call: Call) -> None:
         """Put the request on the wire; the send time is taken just before."""
-        assert call.data is not None
-        self.call, data = call, call.data
+        self.call = call
         self.used += 1
         call.sent = monotonic()
         if self.transport is not None:
-            self.transport.write(data)
+            self.transport.write(call.data)
             return
-        try:
-            written = self.sock.send(data)
-        except BlockingIOError:
-            written = 0
-        except OSError:
-            self.loop.call_soon(self.lose)
-            return
-        if written < len(data):
-            self._unsent = memoryview(data)[written:]
+        self._unsent = memoryview(call.data)
+        self._write()
+        if self._unsent:
             self.loop.add_writer(self.sock, self._write_rest)
 
-    def _write_rest(self) -> None:
+    def _write(self) -> None:
         try:
             self._unsent = self._unsent[self.sock.send(self._unsent) :]
         except BlockingIOError:
             return
-        except OSError:
+        except OSError:  # reading will meet it too, after an answer that may have come before
             self._unsent = self._unsent[:0]
+
+    def _write_rest(self) -> None:
+        self._write()
         if not self._unsent:
             self.loop.remove_writer(self.sock)
 
@@ -128,13 +122,11 @@ class Connection:
         except OSError:
             self.lose()
             return
-        now = monotonic()
-        if not ancillary:
-            self.received(data, now)
-            return
-        seconds, nanoseconds = STAMP.unpack(ancillary[0][2])
-        arrival = min(now, seconds + nanoseconds * 1e-9 - self.owner.wall_offset)
-        self.owner.read_lags.append(now - arrival)
+        arrival = now = monotonic()
+        if ancillary:
+            seconds, nanoseconds = STAMP.unpack(ancillary[0][2])
+            arrival = min(now, seconds + nanoseconds * 1e-9 - self.owner.wall_offset)
+            self.owner.read_lags.append(now - arrival)
         self.received(data, arrival)
 
     def received(self, data: bytes, arrival: float) -> None:
@@ -145,37 +137,35 @@ class Connection:
             return
         call.reads.append(data)
         call.arrivals.append(arrival)
-        if call.eager or data.endswith(LAST_CHUNK) or len(data) < SHORT:
+        if call.eager or len(data) < SHORT or data.endswith(LAST_CHUNK):
             self._look_for_end(call, data, arrival)
         elif len(call.reads) > call.keep:
             call.parse()
 
     def _look_for_end(self, call: Call, data: bytes, arrival: float) -> None:
-        if call.eager and CHUNKED.match(data):
-            call.eager = False
+        ended = False
+        if call.eager:
+            call.eager = not CHUNKED.match(data)
         if not call.eager:
             tail = data if len(data) >= SHORT else b"".join(call.reads[-SHORT:])
-            if tail.endswith(STREAM_END):
-                self._end(call, arrival)
-            elif data.endswith(LAST_CHUNK) and len(data) >= SHORT:
-                call.eager = True
+            ended = tail.endswith(STREAM_END)
+            call.eager = not ended and tail.endswith(LAST_CHUNK)
         if call.eager:
             call.parse()
-            if call.parser.complete:
-                self._end(call, arrival)
-            elif call.parser.reason == "garbage":
-                self.lose()
-
-    def _end(self, call: Call, arrival: float) -> None:
-        self.call = None
-        self.owner.ended(self, call, arrival)
+            ended = call.parser.complete
+        if ended:
+            self.call = None
+            self.owner.ended(self, call, arrival)
+        elif call.eager and call.parser.reason == "garbage":
+            self.lose()
 
     def lose(self) -> None:
         """The connection is gone, or not fit for another request."""
         if self.open:
             self.close()
             call, self.call = self.call, None
-            self.owner.lost(self, call)
+            if call is not None:
+                self.owner.lost(self, call)
 
     def close(self) -> None:
         """Close the socket without telling the owner."""
@@ -219,7 +209,9 @@ class Connector:
             await self.loop.sock_connect(sock, self.address)
             connection = Connection(self.owner, self.loop, sock)
             if self.tls is not None:
-                await self._wrap(connection, self.tls)
+                connection.transport, _ = await self.loop.create_connection(
+                    lambda: _TlsBytes(connection), sock=sock, ssl=self.tls, server_hostname=self.host
+                )
             else:
                 with contextlib.suppress(OSError):  # not Linux: no kernel stamps
                     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -229,11 +221,6 @@ class Connector:
             raise
         connection.connect_s = monotonic() - started
         return connection
-
-    async def _wrap(self, connection: Connection, context: ssl.SSLContext) -> None:
-        connection.transport, _ = await self.loop.create_connection(
-            lambda: _TlsBytes(connection), sock=connection.sock, ssl=context, server_hostname=self.host
-        )
 
 
 def wall_offset() -> float:

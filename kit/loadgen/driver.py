@@ -3,18 +3,15 @@
 import asyncio
 import errno
 from array import array
-from bisect import insort
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import count
+from heapq import heappop, heappush
+from itertools import count, islice
 from time import monotonic
 
 from kit.loadgen.connection import Call, Connection, Connector, wall_offset
-from kit.loadgen.plan import LAP_KEYS, Level, Target
+from kit.loadgen.plan import Level, Target, laps
 from kit.loadgen.prompts import Conversation, PromptModel, request_bytes
 from kit.loadgen.recorder import Recorder
-from kit.workload import Session
 
 # At most so many per round, then the loop reads what has arrived: sends never starve reads.
 SENDS_PER_ROUND = 128
@@ -30,66 +27,46 @@ class Driver:
     """Sends every request of a level at its time and hands each finished one to the recorder."""
 
     def __init__(self, target: Target, level: Level, prompts: PromptModel, recorder: Recorder) -> None:
-        self.target, self.level, self.prompts = target, level, prompts
-        self.recorder = recorder
+        self.target, self.level, self.prompts, self.recorder = target, level, prompts, recorder
         self.loop = asyncio.get_running_loop()
         self.connector = Connector(target, self, self.loop)
         self.wall_offset = wall_offset()
         self.read_lags, self.loop_lags = array("d"), array("d")
         self.idle: deque[Connection] = deque()
         self.in_flight: dict[Call, Connection | None] = {}
-        self.waiting: deque[Call] = deque()
-        # (-time, -ticket, a call or a session whose first call it is), the next one last
-        self.due: list[tuple[float, int, Call | Session]] = []
-        self.paced = 0.0
+        self.due: list[tuple[float, int, Call]] = []  # a heap: when, ticket, what
         self.ticket = count()
-        self.sent = self.unsent_turns = self.open_sessions = 0
+        self.paced = 0.0
+        self.unsent_turns = self.open_sessions = 0
         self.tasks: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.stop_at = float("inf")
         self.refused = False
         self.over = asyncio.Event()
-        self.sessions = self._sessions()
-        first = level.sessions if level.slots is None else self._take(level.slots)
-        self.first: list[Call | Session] = list(first)
-
-    def _sessions(self) -> Iterator[Session]:
-        """The sessions of a closed loop; a repeated list goes on under new keys."""
-        if self.level.slots is None:
-            return
-        for lap in count():
-            for session in self.level.sessions:
-                yield replace(session, key=session.key + lap * LAP_KEYS, arrival_s=0.0)
-            if not self.level.repeat:
-                return
-
-    def _take(self, n: int) -> Iterable[Session]:
-        return (session for _, session in zip(range(n), self.sessions, strict=False))
+        self.sessions = laps(level.sessions) if level.repeat else iter(level.sessions)
 
     async def prepare(self) -> None:
         """Make the requests and open the connections."""
         size = 0
-        for index, session in enumerate(self.first):
-            if size > PREBUILT_BYTES or isinstance(session, Call):
-                break
-            self.first[index] = call = Call(Conversation(session, self.prompts), session.arrival_s)
-            size += self._build(call)
+        for session in islice(self.sessions, self.level.slots):
+            call = Call(Conversation(session, self.prompts))
+            if size < PREBUILT_BYTES:
+                size += self._build(call)
+            self.due.append((session.arrival_s, next(self.ticket), call))
         if not self.target.cold_connects:
             gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
             await asyncio.gather(*(self._spare(gate) for _ in range(self.level.streams())))
 
     def _build(self, call: Call) -> int:
         call.conversation.ask()
-        messages = call.conversation.messages
-        call.data = request_bytes(self.target, messages, call.asked.output_len)
+        call.data = request_bytes(self.target, call.conversation.messages, call.asked.output_len)
         return len(call.data)
 
     async def _spare(self, gate: asyncio.Semaphore) -> None:
         async with gate:
             try:
                 if not self.refused:
-                    opening = asyncio.wait_for(self.connector.open(), CONNECT_TIMEOUT_S)
-                    self.idle.append(await opening)
+                    self.idle.append(await asyncio.wait_for(self.connector.open(), CONNECT_TIMEOUT_S))
             except (OSError, TimeoutError):
                 self.refused = True  # a request that lacks one opens its own, and tells why not
 
@@ -97,18 +74,14 @@ class Driver:
         """Begin the schedule at monotonic time t0."""
         if self.level.duration_s is not None:
             self.stop_at = t0 + self.level.duration_s
-        self.open_sessions = len(self.first)
-        for first in self.first:
-            at = t0 + (first.scheduled if isinstance(first, Call) else first.arrival_s)
-            self.due.append((-at, -next(self.ticket), first))
-        self.first.clear()
-        self.due.sort()
-        self._sleep(-self.due[-1][0] - monotonic())
+        self.open_sessions = len(self.due)
+        self.due = sorted((t0 + at, ticket, call) for at, ticket, call in self.due)
+        self._sleep(self.due[0][0] - monotonic())
         self.loop.call_later(PROBE_PERIOD_S, self._probe, monotonic() + PROBE_PERIOD_S)
 
-    def _at(self, call: Call, when: float) -> None:
-        insort(self.due, (-when, -next(self.ticket), call))
-        if self.due[-1][2] is call:
+    def _at(self, when: float, call: Call) -> None:
+        heappush(self.due, (when, next(self.ticket), call))
+        if self.due[0][2] is call:
             self._sleep(when - monotonic())
 
     def _sleep(self, seconds: float) -> None:
@@ -119,30 +92,23 @@ class Driver:
 
     def _pump(self) -> None:
         """Send what is due at the pace allowed, then sleep until the next."""
-        self.timer = None
         now = monotonic()
         self.paced = max(self.paced, now - CATCH_UP_S)
         allowed = min(SENDS_PER_ROUND, int((now - self.paced) / self.level.send_gap_s))
-        while self.due and self.due[-1][0] >= -now:
+        while self.due and self.due[0][0] <= now:
             if not allowed:
                 self._sleep(LOOP_GRAIN_S if now - self.paced < LOOP_GRAIN_S else 0)
                 return
             allowed -= 1
             self.paced += self.level.send_gap_s
-            when, _, call = self.due.pop()
-            if isinstance(call, Session):
-                call = Call(Conversation(call, self.prompts))
-            call.scheduled = call.due = -when
+            when, _, call = heappop(self.due)
+            call.scheduled = when
             self._launch(call)
-        if self.due and self.timer is None:
-            self._sleep(-self.due[-1][0] - now)
+        if self.due:
+            self._sleep(self.due[0][0] - now)
 
     def _launch(self, call: Call) -> None:
-        cap = self.level.max_concurrency
-        if cap is not None and len(self.in_flight) >= cap:
-            self.waiting.append(call)
-            return
-        if call.data is None:
+        if not call.data:
             self._build(call)
         while self.idle:
             connection = self.idle.popleft()
@@ -153,7 +119,6 @@ class Driver:
 
     def _send(self, connection: Connection, call: Call) -> None:
         self.in_flight[call] = connection
-        self.sent += not call.retried
         connection.send(call)
 
     def _send_on_new(self, call: Call) -> None:
@@ -180,12 +145,9 @@ class Driver:
             self.idle.append(connection)
         self._finish(call, None, arrival)
 
-    def lost(self, connection: Connection, call: Call | None) -> None:
-        """The connection closed: idle, before an answer (retried once if reused), or within one."""
-        if call is None:
-            return
-        if connection.used > 1 and not call.arrivals and not call.retried:
-            call.reset()
+    def lost(self, connection: Connection, call: Call) -> None:
+        """The connection closed before an answer (retried once if reused) or within one."""
+        if connection.used > 1 and not call.answered and not call.retried:
             call.retried = True
             self._send_on_new(call)
             return
@@ -196,15 +158,11 @@ class Driver:
     def _finish(self, call: Call, reason: str | None, end: float) -> None:
         del self.in_flight[call]
         call.end, call.reason = end, reason
-        if self.waiting:
-            held = self.waiting.popleft()
-            held.due = end
-            self._launch(held)
         conversation, turn = call.conversation, call.asked
         if not conversation.last or turn.children:
             call.parse()
             reason = reason or call.parser.outcome()
-        self.recorder.add(call)
+        self.recorder.finished.append(call)
         conversation.over = conversation.last or reason is not None
         if reason is None and not conversation.last:
             conversation.answered("".join(call.parser.text or []))
@@ -213,31 +171,31 @@ class Driver:
         children = turn.children if reason is None else ()
         conversation.children_left = len(children)
         for child in children:
-            spawned = Conversation(child, self.prompts, conversation)
-            self._at(Call(spawned), end + child.arrival_s)
+            self._at(end + child.arrival_s, Call(Conversation(child, self.prompts, conversation)))
         if not children:
             self._go_on(conversation, end)
-        self._check_over()
 
     def _go_on(self, conversation: Conversation, end: float) -> None:
         """A turn and all its children are over: the next turn, or the end of the session."""
         parent = conversation.parent
         pause = conversation.session.turns[conversation.turn - 1].pause_after_s
         if not conversation.over and end + pause < self.stop_at:
-            self._at(Call(conversation), end + pause)
+            self._at(end + pause, Call(conversation))
         elif parent is not None:
             parent.children_left -= 1
             if not parent.children_left:
                 self._go_on(parent, end)
         else:
-            self.open_sessions -= 1
-            if self.level.slots is not None and end < self.stop_at:
-                for session in self._take(1):
-                    self.open_sessions += 1
-                    self._at(Call(Conversation(session, self.prompts)), end)
+            self._next_session(end)
 
-    def _check_over(self) -> None:
-        if not (self.open_sessions or self.in_flight or self.due or self.waiting):
+    def _next_session(self, end: float) -> None:
+        """A session is over: a slot takes the next, and without any the level is over."""
+        following = next(self.sessions, None) if end < self.stop_at else None
+        if following is not None:
+            self._at(end, Call(Conversation(following, self.prompts)))
+            return
+        self.open_sessions -= 1
+        if not self.open_sessions:
             self.over.set()
 
     def _probe(self, expected: float) -> None:
@@ -250,7 +208,7 @@ class Driver:
             if connection is None or now - call.sent < self.target.timeout_s:
                 break
             connection.call = None
-            connection.lose()
+            connection.close()
             call.parse()
             self._finish(call, "timeout", now)
         if not self.over.is_set():

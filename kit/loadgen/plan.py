@@ -1,8 +1,9 @@
 """What is sent when: target, arrival process, sessions, and how they are dealt to workers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import count, islice, takewhile
+from math import inf
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from kit.errors import UserError
 from kit.traces import read
 from kit.workload import Session, Turn, generate, load
+from kit.workload.arrivals import Renewal
 
 # Past this a single event loop (about 6 us per read) has no room left for 50 ms tokens.
 STREAMS_PER_WORKER = 10_000
@@ -71,15 +73,14 @@ class Level:
     kind: str  # burst, concurrency, request_rate or sessions (their own arrival times)
     value: float | None = None
     slots: int | None = None
-    max_concurrency: int | None = None  # open loop: wait in the client beyond this many
     duration_s: float | None = None  # start no session and no turn after this
     repeat: bool = False  # closed loop by duration: begin the list again when it is used up
     send_gap_s: float = SEND_GAP_S  # of one worker
 
     def streams(self) -> int:
         """Connections to open before the clock starts."""
-        if self.slots or self.max_concurrency:
-            return min(self.slots or self.max_concurrency or 0, len(self.sessions))
+        if self.slots:
+            return min(self.slots, len(self.sessions))
         if self.kind == "burst":
             return len(self.sessions)
         times = np.sort([session.arrival_s for session in self.sessions])
@@ -87,37 +88,12 @@ class Level:
         return min(len(times), int(soon.max()) + SPARE_CONNECTIONS)
 
     def deal(self, workers: int) -> list["Level"]:
-        """Equal shares of sessions, slots and cap, pinned to workers before the run."""
+        """Equal shares of sessions and slots, pinned to workers before the run."""
+        slots = [self.slots and len(range(index, self.slots, workers)) for index in range(workers)]
+        gap = self.send_gap_s * workers
         return [
-            replace(
-                self,
-                sessions=self.sessions[index::workers],
-                slots=_share(self.slots, index, workers),
-                max_concurrency=_share(self.max_concurrency, index, workers),
-                send_gap_s=self.send_gap_s * workers,
-            )
-            for index in range(workers)
+            replace(self, sessions=self.sessions[i::workers], slots=slots[i], send_gap_s=gap) for i in range(workers)
         ]
-
-
-def _share(total: int | None, index: int, parts: int) -> int | None:
-    return None if total is None else total // parts + (index < total % parts)
-
-
-def arrivals(rate: float, burstiness: float, seed: int) -> Iterator[float]:
-    """Absolute arrival times in s: gamma gaps of mean 1/rate and coefficient of variation given.
-
-    >>> times = list(islice(arrivals(10.0, 1.0, 0), 10_000))
-    >>> round(times[-1] / 1000, 1)
-    1.0
-    """
-    shape = 1 / burstiness**2
-    draw = np.random.default_rng(seed)
-    now = 0.0
-    while True:
-        for gap in draw.gamma(shape, 1 / (rate * shape), 1024):
-            now += float(gap)
-            yield now
 
 
 def fixed_sessions(input_len: int, output_len: int) -> Source:
@@ -136,55 +112,45 @@ def trace_sessions(path: str, trace_format: str) -> Source:
     sessions = list(read(path, trace_format).sessions())
     if not sessions:
         raise UserError(f"{path}: no session in it")
-
-    def take(n: int) -> list[Session]:
-        laps = (replace(s, key=s.key + lap * LAP_KEYS) for lap in count() for s in sessions)
-        return list(islice(laps, n))
-
-    return take
+    return lambda n: list(islice(laps(sessions), n))
 
 
-def own_arrivals(sessions: list[Session], duration_s: float | None = None) -> Level:
-    """A level of sessions at the times that they bring along, the first at 0."""
-    first = min((session.arrival_s for session in sessions), default=0.0)
-    shifted = [replace(session, arrival_s=session.arrival_s - first) for session in sessions]
-    kept = [s for s in shifted if duration_s is None or s.arrival_s < duration_s]
+def laps(sessions: list[Session]) -> Iterator[Session]:
+    """The sessions again and again, each time under keys, and so with texts, of their own."""
+    return (replace(one, key=one.key + lap * LAP_KEYS) for lap in count() for one in sessions)
+
+
+def own_arrivals(sessions: Iterable[Session], duration_s: float | None = None) -> Level:
+    """A level of sessions, ordered by arrival, at the times that they bring along, the first at 0."""
+    ordered = list(sessions)
+    kept = [replace(session, arrival_s=session.arrival_s - ordered[0].arrival_s) for session in ordered]
+    kept = [session for session in kept if session.arrival_s < (duration_s or inf)]
     if not kept:
         raise UserError("no session arrives: want a larger --requests or --duration")
     return Level("sessions", kept, "sessions", duration_s=duration_s)
 
 
 def level(
-    kind: str,
-    value: float,
-    source: Source,
-    *,
-    requests: int | None = None,
-    duration_s: float | None = None,
-    burstiness: float = 1.0,
-    max_concurrency: int | None = None,
-    seed: int = 0,
-) -> Level:
-    """A burst of `value`, a closed loop of `value` slots, or `value` arrivals per second."""
-    name = f"{kind}-{value:g}"
-    if kind == "burst":
-        sessions = [replace(session, arrival_s=0.0) for session in source(int(value))]
-        return Level(name, sessions, kind, value, duration_s=duration_s)
+    kind: str, value: float, source: Source, *, requests: int | None = None, duration_s: float | None = None,
+    burstiness: float = 1.0, seed: int = 0,
+) -> Level:  # fmt: skip
+    """A burst of `value`, a closed loop of `value` slots, or `value` arrivals per second.
+
+    Gaps of a rate are gamma distributed with `burstiness` as their coefficient of variation.
+    """
+    n, slots, repeat = int(value), None, False
+    times = [0.0] * n
     if kind == "concurrency":
-        slots = int(value)
-        repeat = requests is None and duration_s is not None
-        count = requests or (slots if repeat else 10 * slots)
-        sessions = source(count)
-        return Level(name, sessions, kind, value, slots, None, duration_s, repeat)
-    if requests is None and duration_s is None:
-        duration_s = DEFAULT_RATE_DURATION_S
-    times = []
-    for at in islice(arrivals(value, burstiness, seed), requests):
-        if duration_s is not None and at > duration_s:
-            break
-        times.append(at)
-    if not times:
-        raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
+        slots, repeat = n, requests is None and duration_s is not None
+        times = [0.0] * (requests or (n if repeat else 10 * n))
+    elif kind == "request_rate":
+        if requests is None and duration_s is None:
+            duration_s = DEFAULT_RATE_DURATION_S
+        process = Renewal(kind="gamma", rate_per_s=value, cv=burstiness)
+        drawn = takewhile(lambda at: at <= (duration_s or inf), process.times(np.random.default_rng(seed)))
+        times = list(islice(drawn, requests))
+        if not times:
+            raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
     pairs = zip(source(len(times)), times, strict=True)
     sessions = [replace(session, arrival_s=at) for session, at in pairs]
-    return Level(name, sessions, kind, value, None, max_concurrency, duration_s)
+    return Level(f"{kind}-{value:g}", sessions, kind, value, slots, duration_s, repeat)

@@ -24,37 +24,28 @@ def calibrate(target: Target, salt: int) -> tuple[Target, PromptModel, list[str]
     Also finds a server that refuses ignore_eos. Raises UserError where nothing listens, or where
     the server refuses the key, the model or the request as such.
     """
-    plain = PromptModel(salt)
-    counts: list[int | None] = []
+    plain, warnings, counts = PromptModel(salt), list[str](), list[int]()
     for words in PROBE_WORDS:
         status, body = _ask(target, plain, words)
         if status in (400, 422) and target.engine_fields:
             target = replace(target, engine_fields=False)
+            warnings.append("the server refuses ignore_eos and min_tokens: answers may end early")
             status, body = _ask(target, plain, words)
         if status in (400, 401, 403, 404, 405, 422):
             said = " ".join(body[:300].decode(errors="replace").split())
             raise UserError(f"{target.base_url}, model {target.model!r}: HTTP {status} {said}")
         if status != 200:
-            return target, plain, [f"the probe failed ({status}); prompt lengths are not corrected"]
-        found = PROMPT_TOKENS.findall(body)
-        counts.append(int(found[-1]) if found else None)
-    return target, *_fit(plain, counts, target)
-
-
-def _fit(plain: PromptModel, counts: list[int | None], target: Target) -> tuple[PromptModel, list[str]]:
-    warnings = []
-    if not target.engine_fields:
-        warnings.append("the server refuses ignore_eos and min_tokens: answers may end early")
-    low, high = counts
-    if low is None or high is None:
-        return plain, [*warnings, "the server gives no usage; a prompt word is taken for one token"]
-    per_word = (high - low) / (PROBE_WORDS[1] - PROBE_WORDS[0])
-    overhead = low - per_word * PROBE_WORDS[0]
-    plausible = TOKENS_PER_WORD[0] <= per_word <= TOKENS_PER_WORD[1]
-    if not (plausible and OVERHEAD_TOKENS[0] <= overhead <= OVERHEAD_TOKENS[1]):
-        warnings.append(f"usage.prompt_tokens of the probes ({low}, {high}) is not plausible")
-        return plain, warnings
-    return replace(plain, tokens_per_word=per_word, overhead_tokens=overhead), warnings
+            return target, plain, [*warnings, f"the probe failed ({status}); prompt lengths are not corrected"]
+        counts += map(int, PROMPT_TOKENS.findall(body)[-1:])
+    if len(counts) < len(PROBE_WORDS):
+        return target, plain, [*warnings, "the server gives no usage; a prompt word is taken for one token"]
+    per_word = (counts[1] - counts[0]) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+    overhead = counts[0] - per_word * PROBE_WORDS[0]
+    if not (
+        TOKENS_PER_WORD[0] <= per_word <= TOKENS_PER_WORD[1] and OVERHEAD_TOKENS[0] <= overhead <= OVERHEAD_TOKENS[1]
+    ):
+        return target, plain, [*warnings, f"usage.prompt_tokens of the probes {counts} is not plausible"]
+    return target, PromptModel(salt, per_word, overhead), warnings
 
 
 def _ask(target: Target, prompts: PromptModel, words: int) -> tuple[int | str, bytes]:

@@ -14,17 +14,16 @@ from zlib import crc32
 from kit.loadgen.plan import Target
 from kit.workload import Session
 
-# Short common words: one token each, with their leading space, in the usual vocabularies.
-WORDS = tuple(
-    """time year people way day man thing woman life child world school state family student group
-    country problem hand part place case week company system program question work government
-    number night point home water room mother area money story fact month lot right study book
-    eye job word business issue side kind head house service friend father power hour game line
-    end member law car city community name president team minute idea body information back
-    """.split()  # noqa: SIM905
-)
+# Common words of four letters: one token each, with their leading space, in the usual vocabularies.
+WORDS = """
+    area army back base bill body book card care case cell city club cost data date deal door face fact farm film fire
+    food form game girl goal hall hand head help home hope hour idea king land life line list loss love mind move name
+    need news note page part past plan rate rest risk road role room rule side size star step task team term test time
+    town tree type unit user view wall week wife wind word work year
+""".split()  # noqa: SIM905
+WORD_BYTES = 5
 POOL_WORDS = 1 << 16
-LABEL_WORDS = 8  # 75 words to the 8th power: labels of one run and of two runs do not meet
+LABEL_WORDS = 8  # 87 words to the 8th power: labels of one run and of two runs do not meet
 
 
 @dataclass(frozen=True)
@@ -38,35 +37,19 @@ class PromptModel:
     def text(self, key: str, tokens: float) -> bytes:
         """About `tokens` tokens of text (needs no JSON escaping), the same for the same key."""
         words = max(1, round(tokens / self.tokens_per_word))
-        draw = random.Random(f"{self.salt}/{key}")
-        label = b" ".join(_words()[draw.randrange(len(WORDS))] for _ in range(min(LABEL_WORDS, words)))
-        return label + _pool_slice(crc32(key.encode()), words - LABEL_WORDS)
+        label = random.Random(f"{self.salt}/{key}").choices(WORDS, k=min(LABEL_WORDS, words))
+        return " ".join(label).encode() + _pool_slice(crc32(key.encode()) % POOL_WORDS, words - len(label))
 
 
 @cache
-def _words() -> list[bytes]:
-    return [word.encode() for word in WORDS]
-
-
-@cache
-def _pool() -> tuple[bytes, list[int]]:
-    draw = random.Random(0)
-    words = [b" " + draw.choice(_words()) for _ in range(POOL_WORDS)]
-    ends = [0]
-    for word in words:
-        ends.append(ends[-1] + len(word))
-    return b"".join(words), ends
+def _pool() -> bytes:
+    return "".join(" " + word for word in random.Random(0).choices(WORDS, k=POOL_WORDS)).encode()
 
 
 def _pool_slice(start: int, words: int) -> bytes:
-    pool, ends = _pool()
-    start %= POOL_WORDS
-    parts = []
-    while words > 0:
-        taken = min(words, POOL_WORDS - start)
-        parts.append(pool[ends[start] : ends[start + taken]])
-        words, start = words - taken, 0
-    return b"".join(parts)
+    first, size = WORD_BYTES * start, WORD_BYTES * words
+    text = _pool()[first : first + size]
+    return text if len(text) == size else (_pool()[first:] + _pool() * (words // POOL_WORDS + 1))[:size]
 
 
 class Conversation:
@@ -78,22 +61,20 @@ class Conversation:
         self.over = False
         self.input_lens = session.input_lens()
         self.key: str = f"{parent.key}.{session.key}" if parent else str(session.key)
-        self.prefix: list[tuple[str, bytes]] = []
-        if session.shared_prefix_tokens:
-            text = prompts.text(f"prefix {session.prefix_id}", session.shared_prefix_tokens)
-            self.prefix = [("system", text)]
-        self.messages = list(self.prefix)
+        self.messages: list[tuple[str, bytes]] = []
 
     @property
     def last(self) -> bool:
         return self.turn + 1 >= len(self.session.turns)
 
     def ask(self) -> None:
-        """Add the new text of this turn to the transcript."""
-        turn = self.session.turns[self.turn]
+        """Add the new text of this turn to the transcript, which a compaction begins again."""
+        turn, shared = self.session.turns[self.turn], self.session.shared_prefix_tokens
+        if self.turn == 0 or turn.compact_to is not None:
+            label = f"prefix {self.session.prefix_id}"
+            self.messages = [("system", self.prompts.text(label, shared))] if shared else []
         if turn.compact_to is not None:
-            summary = self.prompts.text(f"{self.key} summary {self.turn}", turn.compact_to)
-            self.messages = [*self.prefix, ("user", summary)]
+            self.messages.append(("user", self.prompts.text(f"{self.key} summary {self.turn}", turn.compact_to)))
         tokens, parts = float(turn.new_tokens), []
         if self.turn == 0:
             tokens -= self.prompts.overhead_tokens
@@ -129,8 +110,7 @@ def request_bytes(target: Target, messages: list[tuple[str, bytes]], output_len:
 @cache
 def _head(target: Target) -> bytes:
     host, port = target.address
-    lines = [f"POST {target.path} HTTP/1.1", f"Host: {host}:{port}", "Accept: text/event-stream"]
-    lines.append("Content-Type: application/json")
+    head = f"POST {target.path} HTTP/1.1\r\nHost: {host}:{port}\r\nAccept: text/event-stream\r\n"
     if target.api_key_env:
-        lines.append(f"Authorization: Bearer {os.environ[target.api_key_env]}")
-    return "".join(line + "\r\n" for line in lines).encode()
+        head += f"Authorization: Bearer {os.environ[target.api_key_env]}\r\n"
+    return (head + "Content-Type: application/json\r\n").encode()

@@ -20,15 +20,10 @@ from kit.loadgen.probe import calibrate
 from kit.loadgen.prompts import PromptModel
 from kit.loadgen.summary import summarize_level
 from kit.loadgen.watch import ServerWatch
-from kit.loadgen.worker import Job
 
 DESCRIPTORS_BESIDE = 64  # files, pipes and the loop's own
 START_DELAY_S = 0.1  # from "go" to the first scheduled time
 POLL_S, TELL_S = 0.5, 2.0
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(line)
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class Options:
     slo_tpot_s: float | None = None
     workers: int | None = None
     metrics_url: str | None = None
-    log: Callable[[str], None] = _tell
+    log: Callable[[str], object] = sys.stderr.write
 
 
 def measure(
@@ -55,19 +50,18 @@ def measure(
         _raise_descriptors(level, options)
     if out is not None:
         _claim(out, config or {})
-    summaries, ready = [], None
+    summaries, probed = [], None
     for level in levels:
         folder = out if out is None or len(levels) == 1 else out / level.name
         done = folder / "summary.json" if folder else None
-        if done is not None and done.exists():
+        if done and done.exists():
             options.log(f"{level.name}: already measured, taken from {done}\n")
             summaries.append(json.loads(done.read_text(encoding="utf-8")))
             continue
-        ready = ready or calibrate(target, int.from_bytes(os.urandom(8)))
-        path = _fresh_records(folder) if folder else None
-        summary = _run_level(ready[0], level, ready[1], options, path)
-        summary["warnings"] = [*ready[2], *summary["warnings"]]
-        if done is not None:
+        target, prompts, warnings = probed = probed or calibrate(target, int.from_bytes(os.urandom(8)))
+        summary = _run_level(target, level, prompts, options, _fresh_records(folder) if folder else None)
+        summary["warnings"] = warnings + summary["warnings"]
+        if done:
             _write_json(done, summary)
         summaries.append(summary)
     return summaries
@@ -105,13 +99,12 @@ def _fresh_records(folder: Path) -> Path:
 
 
 def _run_level(
-    target: Target, level: Level, prompts: PromptModel, options: Options, path: Path | None
+    target: Target, level: Level, prompts: PromptModel, options: Options, records: Path | None
 ) -> dict[str, Any]:
     root = target.base_url.rstrip("/").removesuffix("/v1")
     watch = ServerWatch(options.metrics_url or root + "/metrics")
-    name = str(path) if path else None
-    shares = level.deal(_workers(level, options))
-    crew = [_Worker(Job(target, share, prompts, name)) for share in shares]
+    path = str(records) if records else None
+    crew = [_Worker(target, share, prompts, path) for share in level.deal(_workers(level, options))]
     try:
         connects = [seconds for worker in crew for seconds in worker.pipe.recv()]
         t0 = monotonic() + START_DELAY_S
@@ -124,10 +117,9 @@ def _run_level(
         for worker in crew:
             worker.stop()
     watch.poll()
-    results = [worker.result for worker in crew if worker.result is not None]
-    lost = sum(len(worker.share.sessions) for worker in crew if worker.result is None)
-    limits = options.slo_ttft_s, options.slo_tpot_s
-    summary = summarize_level(level, results, connects, lost, watch, limits)
+    results = [worker.told for worker in crew if worker.finished]
+    lost = sum(worker.requests for worker in crew if not worker.finished)
+    summary = summarize_level(level, results, connects, lost, watch, (options.slo_ttft_s, options.slo_tpot_s))
     if options.metrics_url and not watch.exposed:
         summary["warnings"].append(f"--metrics-url {options.metrics_url}: no known metric there")
     return summary
@@ -158,52 +150,51 @@ def _raise_descriptors(level: Level, options: Options) -> None:
 class _Worker:
     """One worker process and the pipe to it."""
 
-    def __init__(self, job: Job) -> None:
-        self.share = job.level
-        self.result: dict[str, Any] | None = None
-        self.progress: dict[str, int] = {}
+    def __init__(self, target: Target, share: Level, prompts: PromptModel, records: str | None) -> None:
+        self.requests = len(share.sessions)
+        self.told: dict[str, Any] = {}  # its last message: progress, or in the end the result
         self.pipe, other = multiprocessing.Pipe()
         code = f"from kit.loadgen.worker import main; main({other.fileno()})"
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[other.fileno()],
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            [sys.executable, "-c", code], pass_fds=[other.fileno()], start_new_session=True, env=os.environ | one_thread
         )
         other.close()
-        self.pipe.send(job)
+        self.pipe.send((target, share, prompts, records))
+
+    @property
+    def finished(self) -> bool:
+        return "rows" in self.told
 
     def read(self) -> bool:
         """Take one message; false when there will be no more."""
         try:
-            message = self.pipe.recv()
+            self.told = self.pipe.recv()
         except (EOFError, OSError):
             return False
-        self.progress = message.get("progress", self.progress)
-        self.result = None if "progress" in message else message
-        return self.result is None
+        return not self.finished
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
-        if self.result is None:
+        if not self.finished:
             self.process.kill()
         self.process.wait()
         self.pipe.close()
 
 
-def _follow(crew: list[_Worker], level: Level, watch: ServerWatch, log: Callable[[str], None]) -> None:
+def _follow(crew: list[_Worker], level: Level, watch: ServerWatch, log: Callable[[str], object]) -> None:
     """Collect messages until every worker has given its result; poll the server; tell progress."""
     started = polled = told = monotonic()
-    busy = {worker.pipe: worker for worker in crew}
+    busy: dict[Any, _Worker] = {worker.pipe: worker for worker in crew}
     while busy:
         for pipe in multiprocessing.connection.wait(list(busy), POLL_S):
-            if not busy[pipe].read():  # type: ignore[index]
-                del busy[pipe]  # type: ignore[arg-type]
+            if not busy[pipe].read():
+                del busy[pipe]
         if monotonic() - polled >= POLL_S:
             polled = monotonic()
             watch.poll()
         if monotonic() - told >= TELL_S:
             told = monotonic()
-            names = ("sent", "completed", "failed", "in flight")
-            sums = [f"{n} {sum(worker.progress.get(n, 0) for worker in crew)}" for n in names]
+            names = ("in flight", "completed", "failed")
+            sums = [f"{name} {sum(worker.told.get(name, 0) for worker in crew)}" for name in names]
             log(f"{level.name} {told - started:5.0f} s  {'  '.join(sums)}\n")

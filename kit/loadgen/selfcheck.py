@@ -36,19 +36,24 @@ class OwnLag:
 
 
 def verdict(
-    level: Level,
-    requests: Requests,
-    itl_p50_s: float | None,
-    own: OwnLag,
-    slo_ttft_s: float | None,
+    level: Level, requests: Requests, itl_p50_s: float | None, own: OwnLag, slo_ttft_s: float | None,
     server: dict[str, Any],
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[str]]:  # fmt: skip
     """The verdict and the reasons against this client; empty when VALID."""
-    reasons = [
-        *_loop(requests, itl_p50_s, own),
-        *_sending(level, requests, own, slo_ttft_s),
-        *_histogram(requests, own, server),
-    ]
+    ttft = requests.ttft_s()[requests.ok]
+    measured = [float(np.median(ttft))] if len(ttft) else []
+    read, name = (own.read_lags, "read lag") if len(own.read_lags) else (own.loop_lags, "loop lag")
+    shortest = min([*measured, itl_p50_s] if itl_p50_s else measured, default=0.0)
+    reasons = _over(name, read, LAG_FLOOR_S, LAG_FRACTION * shortest)
+    at_once = BURST_SEND_S * (level.slots or (len(level.sessions) if level.kind == "burst" else 0))
+    reasons += _over("send lag", own.send_lags, SEND_LAG_FLOOR_S, LAG_FRACTION * sum(measured), at_once)
+    if slo_ttft_s is not None and len(requests.ok):
+        late = meets_slo(requests, slo_ttft_s, None, from_send=True) & ~meets_slo(requests, slo_ttft_s, None)
+        if late.mean() > OWN_MISSES_FRACTION:
+            reasons.append(f"{late.mean():.1%} of requests miss the TTFT limit by late sending only")
+    if own.client_failures > (1 - ACHIEVED_FRACTION) * len(requests.ok):
+        reasons.append(f"{own.client_failures} requests failed in this client (descriptors, workers)")
+    reasons += _histogram(ttft, own, server)
     busiest = max(own.cpu_fractions, default=0.0)
     if busiest > CPU_FRACTION:
         reasons.append(f"a worker used {busiest:.0%} of a core (limit {CPU_FRACTION:.0%})")
@@ -60,46 +65,20 @@ def p99(values: Floats) -> float:
     return float(np.percentile(values, 99)) if len(values) else 0.0
 
 
-def _loop(requests: Requests, itl_p50_s: float | None, own: OwnLag) -> list[str]:
-    lags, name = (own.read_lags, "read lag") if len(own.read_lags) else (own.loop_lags, "loop lag")
-    lag = p99(lags)
-    ttft = requests.ttft_s()[requests.ok]
-    measured = [float(np.median(ttft))] if len(ttft) else []
-    measured += [itl_p50_s] if itl_p50_s else []
-    limit = max(LAG_FLOOR_S, LAG_FRACTION * min(measured, default=0.0))
-    if lag <= limit:
-        return []
-    return [f"{name} p99 {lag * 1e3:.1f} ms is over {limit * 1e3:.1f} ms"]
+def _over(name: str, lags: Floats, *limits_s: float) -> list[str]:
+    lag, limit = p99(lags), max(limits_s)
+    return [f"{name} p99 {lag * 1e3:.1f} ms is over {limit * 1e3:.1f} ms"] if lag > limit else []
 
 
-def _sending(level: Level, requests: Requests, own: OwnLag, slo_ttft_s: float | None) -> list[str]:
-    reasons = []
-    lag = p99(own.send_lags)
-    ttft = requests.ttft_s()[requests.ok]
-    limit = max(SEND_LAG_FLOOR_S, LAG_FRACTION * float(np.median(ttft)) if len(ttft) else 0.0)
-    if level.kind in ("burst", "concurrency"):
-        limit = max(limit, BURST_SEND_S * (level.slots or len(level.sessions)))
-    if lag > limit:
-        reasons.append(f"send lag p99 {lag * 1e3:.1f} ms is over {limit * 1e3:.1f} ms")
-    if slo_ttft_s is not None and level.max_concurrency is None and len(requests.ok):
-        late = meets_slo(requests, slo_ttft_s, None, from_send=True)
-        late &= ~meets_slo(requests, slo_ttft_s, None)
-        if late.mean() > OWN_MISSES_FRACTION:
-            reasons.append(f"{late.mean():.1%} of requests miss the TTFT limit by late sending only")
-    if own.client_failures > (1 - ACHIEVED_FRACTION) * len(requests.ok):
-        reasons.append(f"{own.client_failures} requests failed in this client (descriptors, workers)")
-    return reasons
-
-
-def _histogram(requests: Requests, own: OwnLag, server: dict[str, Any]) -> list[str]:
+def _histogram(ttft_s: Floats, own: OwnLag, server: dict[str, Any]) -> list[str]:
     """Client TTFT against the server's; a gap that this client's stamps rule out is not its own."""
-    told, ttft = server.get("ttft_mean_s"), requests.ttft_s()[requests.ok]
-    if told is None or not len(ttft):
+    told = server.get("ttft_mean_s")
+    if told is None or not len(ttft_s):
         return []
-    gap = float(np.mean(ttft)) - told
+    gap = float(np.mean(ttft_s)) - told
     if gap <= max(HISTOGRAM_FLOOR_S, HISTOGRAM_FRACTION * told):
         return []
-    where = f"client TTFT mean {np.mean(ttft):.3f} s, server histogram {told:.3f} s"
+    where = f"client TTFT mean {told + gap:.3f} s, server histogram {told:.3f} s"
     if not len(own.read_lags):
         return [f"{where}, and no kernel stamps to show that the gap is not this client's"]
     return [] if p99(own.read_lags) < gap / 2 else [f"{where}: this client's read lag explains it"]

@@ -4,18 +4,13 @@ The parser is fed (bytes, arrival time) pairs in order, split anywhere, as late 
 """
 
 import json
-import re
 from array import array
 from typing import Any
 
 import httptools
 
-# Text fields that carry tokens; a role, an empty string or null is no token.
-ANSWER_FIELDS = ("content", "text", "refusal")
-REASONING_FIELDS = ("reasoning", "reasoning_content")
-CALL_FIELDS = ("tool_calls", "function_call")
-TEXT_FIELD = re.compile(rb'"(content|text|reasoning|reasoning_content)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 DONE = b"[DONE]"
+NO_CHOICE: list[dict[str, Any]] = [{}]
 
 
 class StreamParser:
@@ -39,7 +34,6 @@ class StreamParser:
         self._now = 0.0
         self._tail = self._body = b""
         self._data: list[bytes] = []
-        self._template: tuple[bytes, bytes, bool] | None = None
 
     def feed(self, data: bytes, arrival_s: float) -> None:
         """Take the next bytes of the response, which arrived at `arrival_s`."""
@@ -113,57 +107,36 @@ class StreamParser:
                 self._event(event)
 
     def _event(self, event: bytes) -> None:
-        if self._template is not None:
-            prefix, suffix, answers = self._template
-            middle = event[len(prefix) : -len(suffix)]
-            # Same JSON but for a string without quotes: a token chunk like the one before.
-            alike = middle and event.startswith(prefix) and event.endswith(suffix)
-            if alike and b'"' not in middle and b"\\" not in middle:
-                self._token(0, answers, middle.decode(errors="replace") if answers else "")
-                return
         if event == DONE:
             self.done = True
             return
         try:
-            self._chunk(json.loads(event), event)
+            self._chunk(json.loads(str(event, "utf-8")))
         except (ValueError, TypeError, AttributeError) as error:
             if not self._ending:  # an unfinished last event is what a cut stream leaves
                 self._fail("garbage", f"{error}: {event[:100]!r}")
 
-    def _chunk(self, chunk: dict[str, Any], event: bytes) -> None:
+    def _chunk(self, chunk: dict[str, Any]) -> None:
         if chunk.get("error") or chunk.get("object") == "error":
             self._fail("error_in_stream", str(chunk.get("error") or chunk.get("message"))[:300])
             return
         before = self.usage.get("completion_tokens") or 0
         if chunk.get("usage"):
             self.usage = chunk["usage"]
-        choices = chunk.get("choices") or [{}]
-        delta = choices[0].get("delta") or choices[0]
-        self.finish_reason = choices[0].get("finish_reason") or self.finish_reason
-        answer = "".join(delta.get(field) or "" for field in ANSWER_FIELDS)
-        thought = any(delta.get(field) for field in REASONING_FIELDS)
-        called = any(delta.get(field) for field in CALL_FIELDS)
-        if not (answer or thought or called):
+        choice = (chunk.get("choices") or NO_CHOICE)[0]
+        delta = choice.get("delta") or choice
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        # What carries tokens; a role, an empty string or null is no token.
+        text = "" + (delta.get("content") or delta.get("text") or delta.get("refusal") or "")
+        answers = text or delta.get("tool_calls") or delta.get("function_call")
+        if not (answers or delta.get("reasoning") or delta.get("reasoning_content")):
             return
-        tokens = _tokens_told(choices[0], chunk, before)
-        self._token(tokens, bool(answer or called), answer)
-        if tokens == 0 and not called:
-            self._learn(event)
-
-    def _token(self, tokens: int, answers: bool, text: str) -> None:
         self.times.append(self._now)
-        self.chunk_tokens.append(tokens)
+        self.chunk_tokens.append(_tokens_told(choice, chunk, before))
         if answers and self.first_answer_s is None:
             self.first_answer_s = self._now
         if self.text is not None and text:
             self.text.append(text)
-
-    def _learn(self, event: bytes) -> None:
-        """Remember the JSON around the only text field, so that alike events need no JSON parse."""
-        found = [match for match in TEXT_FIELD.finditer(event) if match[2]]
-        if len(found) == 1 and not self.finish_reason:
-            answers = found[0][1] in (b"content", b"text")
-            self._template = event[: found[0].start(2)], event[found[0].end(2) :], answers
 
     def _fail(self, reason: str, detail: str) -> None:
         self.reason = self.reason or reason

@@ -1,4 +1,4 @@
-"""The worker process: takes a job from a pipe, runs an event loop of its own, gives columns back."""
+"""The worker process: takes a job from a pipe, runs an event loop of its own, gives its rows back."""
 
 import asyncio
 import gc
@@ -6,9 +6,8 @@ import os
 import resource
 import sys
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
 from kit.loadgen.driver import Driver
@@ -19,20 +18,10 @@ from kit.loadgen.recorder import Recorder
 PROGRESS_S = 0.5
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to know; the API key stays in the environment."""
-
-    target: Target
-    level: Level
-    prompts: PromptModel
-    path: str | None  # requests.jsonl
-
-
 def main(descriptor: int) -> None:
-    """Entry point of a worker process, given its end of the pipe."""
+    """Entry point of a worker process, given its end of the pipe; the API key stays in the environment."""
     pipe: Connection[Any, Any] = Connection(descriptor)
-    run_loop(_work(pipe, pipe.recv()))
+    run_loop(_work(pipe, *pipe.recv()))
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:
@@ -46,9 +35,11 @@ def run_loop(work: Coroutine[Any, Any, None]) -> None:
     uvloop.run(work)
 
 
-async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
-    recorder = Recorder(job.path)
-    driver = Driver(job.target, job.level, job.prompts, recorder)
+async def _work(
+    pipe: "Connection[Any, Any]", target: Target, level: Level, prompts: PromptModel, records: str | None
+) -> None:
+    recorder = Recorder(records)
+    driver = Driver(target, level, prompts, recorder)
     await driver.prepare()
     gc.collect()
     gc.freeze()
@@ -57,18 +48,18 @@ async def _work(pipe: "Connection[Any, Any]", job: Job) -> None:
     t0 = pipe.recv()
     loop = asyncio.get_running_loop()
     loop.add_reader(pipe.fileno(), _orphaned, recorder)  # nothing but its end comes now
-    started = _cpu_s()
+    started = process_time()
     recorder.start(t0)
     driver.start(t0)
     reports = loop.create_task(_report(pipe, driver))
     await driver.over.wait()
-    own = {"cpu_s": _cpu_s() - started, "wall_s": monotonic() - t0}
+    own = {"cpu_s": process_time() - started, "wall_s": monotonic() - t0, "unsent_turns": driver.unsent_turns}
     reports.cancel()
     own |= {"loop_lags": driver.loop_lags, "read_lags": driver.read_lags}
-    own |= {"unsent_turns": driver.unsent_turns, "peak_rss_bytes": _usage().ru_maxrss * 1024}
+    own["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     loop.remove_reader(pipe.fileno())
     os.set_blocking(pipe.fileno(), True)  # the loop watched it without blocking
-    pipe.send(recorder.finish() | own)
+    pipe.send(recorder.finish() | own | recorder.counts)
     os._exit(0)  # closing 10,000 connections is the kernel's work
 
 
@@ -80,13 +71,4 @@ def _orphaned(recorder: Recorder) -> None:
 async def _report(pipe: "Connection[Any, Any]", driver: Driver) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
-        counts = driver.recorder.counts | {"sent": driver.sent}
-        pipe.send({"progress": counts | {"in flight": len(driver.in_flight)}})
-
-
-def _usage() -> resource.struct_rusage:
-    return resource.getrusage(resource.RUSAGE_SELF)
-
-
-def _cpu_s() -> float:
-    return _usage().ru_utime + _usage().ru_stime
+        pipe.send(driver.recorder.counts | {"in flight": len(driver.in_flight)})
