@@ -50,6 +50,7 @@ output_dir: str = ""  # empty means write no files
 # %% tags=["nbval-ignore-output"]
 from dataclasses import replace
 
+import jsonschema
 import numpy as np
 from matplotlib import pyplot as plt
 
@@ -75,17 +76,16 @@ run = notebook.begin("04_load_test", **names, source=source, output_dir=output_d
 # %%
 flags = {"engine": engine, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": max_num_seqs}
 config = case.config(run.model, gpu_count=case.gpu_count, **flags)
-earlier = run.earlier("02_size_vram") or run.earlier("00_start_here")
-sized = earlier["results"] if earlier else decide(case, run.model, run.gpu, config, case.demand())
-best = sized["recommended"] or sized["replicas"] or {"gpu_count": 8}
+sized = run.earlier("02_size_vram") or {"results": decide(case, run.model, run.gpu, config, case.demand())}
+best = sized["results"]["recommended"] or sized["results"]["replicas"] or {"gpu_count": 8}
 config = scenarios.parallel(run.model, replace(config, gpu_count=best["gpu_count"]))
 full = resolve(config, run.model, run.gpu)
-limit_s, tpot_limit_s = case.slo["ttft_s"] or 1.0, case.slo["tpot_s"]
 
 # %%
+limit_s = case.slo["ttft_s"] or 1.0
 host = measure.host_limits(10_000)
 folder = recorded_run if source == "recorded" else output_dir and f"{output_dir}/load"
-options = Options(limit_s, tpot_limit_s, log=lambda line: None)
+options = Options(limit_s, case.slo["tpot_s"], log=lambda line: None)
 served = {"model": names["model"], "gpu": run.gpu.key, "options": options}
 bench = measure.bench(source, **served, config=config, place=folder, base_url=base_url, api_key_env=api_key_env)
 
@@ -95,8 +95,7 @@ ask = fixed_sessions(input_tokens, output_tokens)
 counts = [max(10, requests_per_stream * number) for number in streams]
 levels = [level("concurrency", number, ask, requests=count) for number, count in zip(streams, counts, strict=True)]
 levels.append(level("burst", burst, ask))
-measured = [bench.measure(one) for one in notebook.progress(levels, "levels")]
-summaries, frames = zip(*measured, strict=True)
+summaries, frames = zip(*[bench.measure(one) for one in notebook.progress(levels, "levels")], strict=True)
 
 # %%
 curve = [
@@ -114,7 +113,9 @@ label, how = measure.LABELS[source], "modelled" if source == "emulator" else "me
 speeds = [f"{row['output_tokens_per_s'] or 0:,.0f}" for row in curve]
 keeps = "none of the levels" if best_level is None else "{concurrency} streams".format(**best_level)
 passing = "unknown, the client was the limit" if wave["verdict"] != "VALID" else wave["burst"]["largest_passing_burst"]
-last_s = (wave_frame["first_token_s"] - wave_frame["scheduled_s"]).max()
+ranked = wave_frame.sort_values(["scheduled_s", "sent_s"])
+waits = (ranked["first_token_s"] - ranked["scheduled_s"]).to_numpy()
+last_s = np.nanmax(waits)
 told = [
     f"{label}; {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}",
     f"At {concurrency} streams: {', '.join(speeds)} tokens/s",
@@ -170,13 +171,10 @@ print("\n".join(["", *(f"{row['limit']}: {row['below it']}.\n  {row['raise it']}
 # A closed loop of n streams: each sends its next request when its last one has ended.
 
 # %%
-shown = [
-    {"streams": row["concurrency"], "sent": row["sent"], "tokens/s": row["output_tokens_per_s"]}
-    | {f"TTFT {part} ms": row[f"ttft_{part}_s"] and row[f"ttft_{part}_s"] * 1e3 for part in ("p50", "p90", "p99")}
-    | {"TPOT p50 ms": row["tpot_p50_s"] and row["tpot_p50_s"] * 1e3, "verdict": row["verdict"], "provenance": how}
-    for row in curve
-]
-print(notebook.table(shown))
+heads = {"concurrency": "streams", "sent": "sent", "output_tokens_per_s": "tokens/s"}
+heads |= {f"ttft_{part}_s": f"TTFT {part} s" for part in ("p50", "p90", "p99")}
+heads |= {"tpot_p50_s": "TPOT p50 s", "verdict": "verdict", "provenance": "provenance"}
+print(notebook.table([row | {"provenance": how} for row in curve], heads))
 
 # %% [markdown]
 # **Reading it.** A p99 of fewer than 100 requests would be their maximum by another name, so it is unknown; p90 needs
@@ -192,11 +190,7 @@ print(notebook.table(shown))
 lengths = {"input_tokens": input_tokens, "output_tokens": output_tokens}
 loops = [{"concurrency": n, "requests_per_stream": max(1, sent // n)} for n, sent in zip(streams, counts, strict=True)]
 answers = [predict(run.model, run.gpu, config, Ask(**lengths, **loop)) for loop in loops]
-predicted = [
-    {"concurrency": number, "output_tokens_per_s": one["output_tokens_per_s"]}
-    | {f"ttft_{part}_s": one["ttft_s"][part] for part in ("p50", "p90", "p99")}
-    for number, one in zip(streams, answers, strict=True)
-]
+predicted = [{"output_tokens_per_s": one["output_tokens_per_s"], "ttft_p90_s": one["ttft_s"]["p90"]} for one in answers]
 
 # %%
 verdicts = ", ".join(dict.fromkeys(row["verdict"] for row in curve))
@@ -273,13 +267,11 @@ print(f"\nThe server's own counters: {'not exposed' if found is None else f'{fou
 # ## What does a burst do?
 
 # %%
-ranked = wave_frame.sort_values(["scheduled_s", "sent_s"])
-waits = (ranked["first_token_s"] - ranked["scheduled_s"]).to_numpy()
 ranks = np.arange(1, len(waits) + 1)
 curves = {"first token": (ranks, waits), f"limit {limit_s:g} s": (ranks, np.full(len(waits), limit_s))}
 finding = f"{np.mean(waits <= limit_s):.0%} of {burst:,} at once get a first token within {limit_s:g} s"
-below = f"{under} · client {wave['verdict']}"
-plots.lines_over(curves, finding, below, xlabel="Rank of arrival", ylabel="TTFT from the schedule (s)")
+axes = {"xlabel": "Rank of arrival", "ylabel": "TTFT from the schedule (s)"}
+plots.lines_over(curves, finding, f"{under} · client {wave['verdict']}", **axes)
 plt.show()
 
 # %%
@@ -347,17 +339,14 @@ notebook.prose_table(rows)
 # Which is faster only a GPU can say, so no time stands here.
 
 # %%
-ticket = {"type": "object", "additionalProperties": False, "required": ["topic", "urgent", "refund_usd"]}
-ticket["properties"] = {"topic": {"enum": ["order", "return", "other"]}, "urgent": {"type": "boolean"}}
-ticket["properties"]["refund_usd"] = {"type": "number", "minimum": 0}
+fields = {"topic": {"enum": ["order", "return"]}, "urgent": {"type": "boolean"}, "refund_usd": {"type": "number"}}
+ticket = {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
 form = {"type": "json_schema", "json_schema": {"name": "ticket", "schema": ticket}}
 own = {engine: bench} if source == "emulator" else {source: bench}
 rivals = [name for name in ("vllm", "sglang") if name not in own]
 own |= {name: measure.bench("emulator", **served, config=replace(config, engine=name)) for name in rivals}
 
 # %%
-import jsonschema
-
 fits = jsonschema.Draft202012Validator(ticket).is_valid
 told_by = {name: (agents, agent_calls) if one is bench else one.measure(trace) for name, one in own.items()}
 asked = [f"Ticket {number}: the parcel came late. Fill in the form." for number in range(8)]
