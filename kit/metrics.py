@@ -88,11 +88,9 @@ def summarize(values: npt.ArrayLike, misses: int = 0) -> dict[str, Any]:
     measured = np.asarray(values, dtype=float)
     measured = np.sort(measured[np.isfinite(measured)])
     result: dict[str, Any] = {"mean": float(measured.mean()) if len(measured) else None}
-    nulls: dict[str, str] = {}
-    for name, quantile in QUANTILES:
-        result[name], reason = _quantile(measured, misses, quantile)
-        if reason:
-            nulls[name] = reason
+    told = {name: _quantile(measured, misses, quantile) for name, quantile in QUANTILES}
+    result |= {name: value for name, (value, _) in told.items()}
+    nulls = {name: reason for name, (_, reason) in told.items() if reason}
     result |= {"max": float(measured[-1]) if len(measured) and not misses else None}
     return result | {"n": len(measured) + misses, "misses": misses, "nulls": nulls}
 
@@ -186,14 +184,10 @@ def burst_absorption(requests: Requests, slo_ttft_s: float | None, refused: Bool
 def _by_rank(ttft_s: Floats, parts: int = 10) -> list[dict[str, Any]]:
     """Median TTFT and misses of each tenth of the arrivals, in order of arrival."""
     rows = []
-    edges = np.linspace(0, len(ttft_s), min(parts, len(ttft_s)) + 1).astype(int)
+    edges = np.linspace(0, len(ttft_s), min(parts, len(ttft_s)) + 1).astype(int).tolist()
     for first, stop in pairwise(edges):
-        tenth = np.sort(ttft_s[first:stop])
-        median, worst = _finite(tenth[(len(tenth) - 1) // 2]), _finite(tenth[-1])
-        ranks = {"rank_from": int(first) + 1, "rank_to": int(stop)}
-        rows.append(ranks | {"p50": median, "max": worst, "misses": int(np.isinf(tenth).sum())})
+        tenth = np.sort(ttft_s[first:stop]).tolist()
+        p50, worst = (value if math.isfinite(value) else None for value in (tenth[(len(tenth) - 1) // 2], tenth[-1]))
+        ranks = {"rank_from": first + 1, "rank_to": stop, "p50": p50, "max": worst}
+        rows.append(ranks | {"misses": tenth.count(math.inf)})
     return rows
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -1,10 +1,8 @@
 """What a server and its GPUs tell of themselves: one reader for every engine's metrics page, and NVML."""
 
-import json
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from kit.engine_config import ENGINES, engine_data
@@ -113,48 +111,29 @@ def _histogram(samples: Samples, eras: Any) -> Histogram | None:
 
 
 class GpuSampler:
-    """VRAM, utilisation and power of this machine's NVIDIA GPUs; no samples where NVML is not there.
+    """VRAM, utilisation and power of this machine's NVIDIA GPUs; no samples where NVML is not there."""
 
-    Every sample is appended to `path` at once, so that an interrupted run keeps what it measured.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self) -> None:
         import pynvml
 
-        self.nvml, self.path, self.handles = pynvml, path, []
-        self.samples: list[dict[str, float]] = []
-        try:
+        self.nvml, self.handles = pynvml, []
+        self.samples: list[tuple[float, float, float]] = []  # bytes used, fraction busy, W
+        with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            found = range(pynvml.nvmlDeviceGetCount())
-            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in found]
-        except pynvml.NVMLError:
-            return
+            self.handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
 
     def poll(self) -> None:
         """Take one sample of every GPU."""
-        for index, handle in enumerate(self.handles):
-            try:
-                sample = {
-                    "time_s": time.time(),
-                    "gpu": index,
-                    "memory_used_bytes": self.nvml.nvmlDeviceGetMemoryInfo(handle).used,
-                    "utilization_fraction": self.nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                    "power_w": self.nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-                }
-            except self.nvml.NVMLError:
-                continue
-            self.samples.append(sample)
-            if self.path:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(sample) + "\n")
+        for handle in self.handles:
+            with suppress(self.nvml.NVMLError):
+                used_bytes = self.nvml.nvmlDeviceGetMemoryInfo(handle).used
+                busy = self.nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                self.samples.append((used_bytes, busy, self.nvml.nvmlDeviceGetPowerUsage(handle) / 1e3))
 
     def result(self) -> dict[str, Any] | None:
         """Means over GPUs and samples, and the most memory used by one GPU; None without a GPU."""
         if not self.samples:
             return None
-        mean = {
-            name: sum(one[name] for one in self.samples) / len(self.samples)
-            for name in ("utilization_fraction", "power_w")
-        }
-        most = max(one["memory_used_bytes"] for one in self.samples)
-        return {"gpus": len(self.handles), **mean, "memory_used_bytes": most}
+        used, busy, power = zip(*self.samples, strict=True)
+        means = {"utilization_fraction": sum(busy) / len(busy), "power_w": sum(power) / len(power)}
+        return {"gpus": len(self.handles), **means, "memory_used_bytes": max(used)}

@@ -1,7 +1,5 @@
 """One reader for every engine's page, and NVML where there is none."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
@@ -125,14 +123,12 @@ class FakeNvml:
         return lambda *_: answers[name]
 
 
-def test_gpu_samples_reach_the_disk_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_gpu_samples_are_averaged(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
-    sampler = GpuSampler(tmp_path / "gpu.jsonl")
+    sampler = GpuSampler()
     sampler.poll()
     sampler.poll()
-    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    assert rows[0]["memory_used_bytes"] == 3 * 2**30
+    assert len(sampler.samples) == 2
     assert sampler.result() == {
         "gpus": 1,
         "utilization_fraction": 0.5,
@@ -141,12 +137,11 @@ def test_gpu_samples_reach_the_disk_at_once(monkeypatch: pytest.MonkeyPatch, tmp
     }
 
 
-def test_without_a_driver_there_are_no_samples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_without_a_driver_there_are_no_samples(monkeypatch: pytest.MonkeyPatch):
     def no_driver() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
-    sampler = GpuSampler(tmp_path / "gpu.jsonl")
+    sampler = GpuSampler()
     sampler.poll()
     assert sampler.result() is None
-    assert not (tmp_path / "gpu.jsonl").exists()

@@ -69,8 +69,9 @@ class Call:
     def parse(self, limit: int | None = None) -> bool:
         """Feed waiting reads to the parser; true when none is left."""
         taken = len(self.reads) if limit is None else min(limit, len(self.reads))
+        feed = self.parser.feed
         for data, arrival in zip(self.reads[:taken], self.arrivals[:taken], strict=True):
-            self.parser.feed(data, arrival)
+            feed(data, arrival)
         del self.reads[:taken], self.arrivals[:taken]
         return not self.reads
 
@@ -85,7 +86,7 @@ class Connection:
         self.open = True
         self.connect_s = 0.0
         self.transport: asyncio.Transport | None = None
-        self._unsent = memoryview(b"")
+        self._unsent = b""
 
     def send(self, call: Call) -> None:
         """Put the request on the wire; the send time is taken just before."""
@@ -95,7 +96,7 @@ class Connection:
         if self.transport is not None:
             self.transport.write(call.data)
             return
-        self._unsent = memoryview(call.data)
+        self._unsent = call.data
         self._write()
         if self._unsent:
             self.loop.add_writer(self.sock, self._write_rest)
@@ -106,7 +107,7 @@ class Connection:
         except BlockingIOError:
             return
         except OSError:  # reading will meet it too, after an answer that may have come before
-            self._unsent = self._unsent[:0]
+            self._unsent = b""
 
     def _write_rest(self) -> None:
         self._write()

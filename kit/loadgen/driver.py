@@ -3,8 +3,8 @@
 import asyncio
 import errno
 from array import array
+from bisect import insort
 from collections import deque
-from heapq import heappop, heappush
 from itertools import count, islice
 from time import monotonic
 
@@ -34,7 +34,7 @@ class Driver:
         self.read_lags, self.loop_lags = array("d"), array("d")
         self.idle: deque[Connection] = deque()
         self.in_flight: dict[Call, Connection | None] = {}
-        self.due: list[tuple[float, int, Call]] = []  # a heap: when, ticket, what
+        self.due: list[tuple[float, int, Call]] = []  # -when, -ticket, what; the next one last
         self.ticket = count()
         self.paced = 0.0
         self.unsent_turns = self.open_sessions = 0
@@ -52,7 +52,7 @@ class Driver:
             call = Call(Conversation(session, self.prompts))
             if size < PREBUILT_BYTES:
                 size += self._build(call)
-            self.due.append((session.arrival_s, next(self.ticket), call))
+            self.due.append((-session.arrival_s, -next(self.ticket), call))
         if not self.target.cold_connects:
             gate = asyncio.Semaphore(CONNECTS_AT_ONCE)
             await asyncio.gather(*(self._spare(gate) for _ in range(self.level.streams())))
@@ -75,13 +75,13 @@ class Driver:
         if self.level.duration_s is not None:
             self.stop_at = t0 + self.level.duration_s
         self.open_sessions = len(self.due)
-        self.due = sorted((t0 + at, ticket, call) for at, ticket, call in self.due)
-        self._sleep(self.due[0][0] - monotonic())
+        self.due = sorted((minus_at - t0, ticket, call) for minus_at, ticket, call in self.due)
+        self._sleep(-self.due[-1][0] - monotonic())
         self.loop.call_later(PROBE_PERIOD_S, self._probe, monotonic() + PROBE_PERIOD_S)
 
     def _at(self, when: float, call: Call) -> None:
-        heappush(self.due, (when, next(self.ticket), call))
-        if self.due[0][2] is call:
+        insort(self.due, (-when, -next(self.ticket), call))
+        if self.due[-1][2] is call:
             self._sleep(when - monotonic())
 
     def _sleep(self, seconds: float) -> None:
@@ -95,17 +95,17 @@ class Driver:
         now = monotonic()
         self.paced = max(self.paced, now - CATCH_UP_S)
         allowed = min(SENDS_PER_ROUND, int((now - self.paced) / self.level.send_gap_s))
-        while self.due and self.due[0][0] <= now:
+        while self.due and self.due[-1][0] >= -now:
             if not allowed:
                 self._sleep(LOOP_GRAIN_S if now - self.paced < LOOP_GRAIN_S else 0)
                 return
             allowed -= 1
             self.paced += self.level.send_gap_s
-            when, _, call = heappop(self.due)
-            call.scheduled = when
+            minus_when, _, call = self.due.pop()
+            call.scheduled = -minus_when
             self._launch(call)
         if self.due:
-            self._sleep(self.due[0][0] - now)
+            self._sleep(-self.due[-1][0] - now)
 
     def _launch(self, call: Call) -> None:
         if not call.data:

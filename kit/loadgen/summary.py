@@ -9,7 +9,7 @@ import numpy as np
 from kit import metrics
 from kit.loadgen.plan import OPEN_LOOPS, Level
 from kit.loadgen.recorder import COLUMNS
-from kit.loadgen.selfcheck import OwnLag, p99, verdict
+from kit.loadgen.selfcheck import OwnLag, verdict
 from kit.loadgen.watch import ServerWatch
 from kit.metrics import Floats, Requests, summarize
 
@@ -81,9 +81,8 @@ def _counts(level: Level, requests: Requests, failures: Counter[str]) -> dict[st
 
 def _lags(own: OwnLag) -> dict[str, Any]:
     def spread(lags: Floats) -> dict[str, float | None]:
-        if not len(lags):
-            return {"p50": None, "p99": None, "max": None}
-        return {"p50": float(np.median(lags)), "p99": p99(lags), "max": float(lags.max())}
+        values = np.quantile(lags, (0.5, 0.99, 1.0)).tolist() if len(lags) else (None, None, None)
+        return dict(zip(("p50", "p99", "max"), values, strict=True))
 
     lags = {"send_lag_s": own.send_lags, "loop_lag_s": own.loop_lags, "read_lag_s": own.read_lags}
     return {name: spread(values) for name, values in lags.items()} | {"client_cpu_fraction": own.cpu_fractions}
