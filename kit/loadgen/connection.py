@@ -47,7 +47,7 @@ class Call:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation, self.turn = conversation, conversation.turn
         self.asked = conversation.session.turns[self.turn]
-        self.scheduled = self.sent = self.end = self.connect_s = float("nan")
+        self.scheduled = self.due = self.sent = self.end = self.connect_s = float("nan")  # due: held by no cap
         self.data = b""
         self.reason: str | None = None
         self.retried = False

@@ -35,6 +35,7 @@ class Driver:
         self.idle: deque[Connection] = deque()
         self.in_flight: dict[Call, Connection | None] = {}
         self.due: list[tuple[float, int, Call]] = []  # -when, -ticket, what; the next one last
+        self.waiting: deque[Call] = deque()  # held by a cap
         self.ticket = count()
         self.paced = 0.0
         self.unsent_turns = self.open_sessions = 0
@@ -102,12 +103,16 @@ class Driver:
             allowed -= 1
             self.paced += self.level.send_gap_s
             minus_when, _, call = self.due.pop()
-            call.scheduled = -minus_when
+            call.scheduled = call.due = -minus_when
             self._launch(call)
         if self.due:
             self._sleep(-self.due[-1][0] - now)
 
     def _launch(self, call: Call) -> None:
+        cap = self.level.max_concurrency
+        if cap is not None and len(self.in_flight) >= cap:
+            self.waiting.append(call)
+            return
         if not call.data:
             self._build(call)
         while self.idle:
@@ -158,6 +163,10 @@ class Driver:
     def _finish(self, call: Call, reason: str | None, end: float) -> None:
         del self.in_flight[call]
         call.end, call.reason = end, reason
+        if self.waiting:
+            held = self.waiting.popleft()
+            held.due = end
+            self._launch(held)
         conversation, turn = call.conversation, call.asked
         if not conversation.last or turn.children:
             call.parse()

@@ -73,14 +73,15 @@ class Level:
     kind: str  # burst, concurrency, request_rate or sessions (their own arrival times)
     value: float | None = None
     slots: int | None = None
+    max_concurrency: int | None = None  # open loop: wait in the client beyond this many
     duration_s: float | None = None  # start no session and no turn after this
     repeat: bool = False  # closed loop by duration: begin the list again when it is used up
     send_gap_s: float = SEND_GAP_S  # of one worker
 
     def streams(self) -> int:
         """Connections to open before the clock starts."""
-        if self.slots:
-            return min(self.slots, len(self.sessions))
+        if places := self.slots or self.max_concurrency:
+            return min(places, len(self.sessions))
         if self.kind == "burst":
             return len(self.sessions)
         times = np.sort([session.arrival_s for session in self.sessions])
@@ -88,12 +89,18 @@ class Level:
         return min(len(times), int(soon.max()) + SPARE_CONNECTIONS)
 
     def deal(self, workers: int) -> list["Level"]:
-        """Equal shares of sessions and slots, pinned to workers before the run."""
-        slots = [self.slots and len(range(index, self.slots, workers)) for index in range(workers)]
-        gap = self.send_gap_s * workers
+        """Equal shares of sessions, slots and cap, pinned to workers before the run."""
+
+        def share(total: int | None, index: int) -> int | None:
+            return None if total is None else len(range(index, total, workers))
+
         return [
-            replace(self, sessions=self.sessions[i::workers], slots=slots[i], send_gap_s=gap) for i in range(workers)
-        ]
+            replace(
+                self, sessions=self.sessions[index::workers], slots=share(self.slots, index),
+                max_concurrency=share(self.max_concurrency, index), send_gap_s=self.send_gap_s * workers,
+            )
+            for index in range(workers)
+        ]  # fmt: skip
 
 
 def fixed_sessions(input_len: int, output_len: int) -> Source:
@@ -132,7 +139,7 @@ def own_arrivals(sessions: Iterable[Session], duration_s: float | None = None) -
 
 def level(
     kind: str, value: float, source: Source, *, requests: int | None = None, duration_s: float | None = None,
-    burstiness: float = 1.0, seed: int = 0,
+    burstiness: float = 1.0, max_concurrency: int | None = None, seed: int = 0,
 ) -> Level:  # fmt: skip
     """A burst of `value`, a closed loop of `value` slots, or `value` arrivals per second.
 
@@ -153,4 +160,4 @@ def level(
             raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
     pairs = zip(source(len(times)), times, strict=True)
     sessions = [replace(session, arrival_s=at) for session, at in pairs]
-    return Level(f"{kind}-{value:g}", sessions, kind, value, slots, duration_s, repeat)
+    return Level(f"{kind}-{value:g}", sessions, kind, value, slots, max_concurrency, duration_s, repeat)

@@ -19,8 +19,9 @@ READS_PER_STEP = 64
 FLUSH_S = 0.25  # a kill loses at most what finished within this time
 NAN = float("nan")
 COLUMNS = (
-    "scheduled_s", "sent_s", "first_token_s", "first_answer_s", "last_token_s", "end_s", "connect_s", "asked_tokens",
-    "output_tokens", "first_chunk_tokens", "input_len", "prompt_tokens", "cached_tokens", "chunks", "status",
+    "scheduled_s", "due_s", "sent_s", "first_token_s", "first_answer_s", "last_token_s", "end_s", "connect_s",
+    "asked_tokens", "output_tokens", "first_chunk_tokens", "input_len", "prompt_tokens", "cached_tokens",
+    "chunks", "status",
 )  # fmt: skip
 
 
@@ -89,8 +90,8 @@ class Recorder:
         first, last, told = (parser.times[0], parser.times[-1], parser.chunk_tokens[0]) if chunks else (NAN, NAN, 0.0)
         answer, details = _number(parser.first_answer_s), parser.usage.get("prompt_tokens_details") or {}
         return (
-            call.scheduled - t0, call.sent - t0, first - t0, answer - t0, last - t0, call.end - t0,
-            call.connect_s, call.asked.output_len, tokens, told or max(1.0, tokens / max(1, chunks)),
+            call.scheduled - t0, call.due - t0, call.sent - t0, first - t0, answer - t0, last - t0,
+            call.end - t0, call.connect_s, call.asked.output_len, tokens, told or max(1.0, tokens / max(1, chunks)),
             call.conversation.input_lens[call.turn], _number(parser.usage.get("prompt_tokens")),
             _number(details.get("cached_tokens")), chunks, _number(parser.status),
         )  # fmt: skip

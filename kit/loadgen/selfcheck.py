@@ -47,7 +47,7 @@ def verdict(
     reasons = _over(name, read, LAG_FLOOR_S, LAG_FRACTION * shortest)
     at_once = BURST_SEND_S * (level.slots or (len(level.sessions) if level.kind == "burst" else 0))
     reasons += _over("send lag", own.send_lags, SEND_LAG_FLOOR_S, LAG_FRACTION * sum(measured), at_once)
-    if slo_ttft_s is not None and len(requests.ok):
+    if slo_ttft_s is not None and level.max_concurrency is None and len(requests.ok):
         late = meets_slo(requests, slo_ttft_s, None, from_send=True) & ~meets_slo(requests, slo_ttft_s, None)
         if late.mean() > OWN_MISSES_FRACTION:
             reasons.append(f"{late.mean():.1%} of requests miss the TTFT limit by late sending only")

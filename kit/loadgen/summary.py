@@ -32,7 +32,7 @@ def summarize_level(
     ok = np.array([reason is None for reason in reasons], dtype=bool)
     requests = Requests(**{one.name: columns[one.name] for one in fields(Requests) if one.name in columns}, ok=ok)
     failures = Counter(reason for reason in reasons if reason)
-    sent = _known(columns["sent_s"] - columns["scheduled_s"])
+    sent = _known(columns["sent_s"] - columns["due_s"])
     cpu = [result["cpu_s"] / max(result["wall_s"], 1e-9) for result in results]
     own_failures = sum(failures[name] for name in CLIENT_FAILURES)
     own = OwnLag(_joined(results, "loop_lags"), _joined(results, "read_lags"), sent, cpu, own_failures)
