@@ -33,7 +33,7 @@ LABELS = {
 class Bench:
     """Where levels are measured: a server, or a folder that holds what one gave."""
 
-    source: str
+    source: str  # emulator also where a live server says that it is one
     target: Target | None  # None: recorded
     folder: Path  # holds LEVEL/summary.json and LEVEL/requests.jsonl
     options: Options
@@ -82,7 +82,9 @@ def bench(
         engine = _emulate(model, gpu, config, Path(scratch.name), more)
         return Bench(source, Target(engine.launch.base_url, model), Path(scratch.name), options, engine, scratch)
     target = Target(base_url, model, api_key_env=api_key_env or None)
-    served = replace(target, model=_call(target, "/models")["data"][0]["id"])
+    card = _call(target, "/models")["data"][0]
+    source = "emulator" if card.get("emulated") else source  # ours says so; nothing of it is a measured speed
+    served = replace(target, model=card["id"])
     return Bench(source, served, folder or Path(scratch.name), options, scratch=scratch)
 
 

@@ -48,7 +48,7 @@ def test_what_was_measured_is_read_without_a_server(bench):
 
 def test_a_live_server_is_asked_for_its_model(bench, tmp_path):
     live = measure.bench("live", *SERVED, place=f"{tmp_path}/load", base_url=bench.target.base_url)
-    assert live.target.model == "qwen3-0.6b"
+    assert (live.target.model, live.source) == ("qwen3-0.6b", "emulator")  # it tells that it is one
     live.measure(level("burst", 2, fixed_sessions(50, 2)))
     assert (tmp_path / "load/burst-2/requests.jsonl").exists()
     with pytest.raises(UserError, match="another sessions"):

@@ -109,7 +109,7 @@ best_level = max(in_time, key=lambda row: row["output_tokens_per_s"], default=No
 wave, wave_frame = summaries[-1], frames[-1]
 
 # %%
-label, how = measure.LABELS[source], "modelled" if source == "emulator" else "measured"
+label, how = measure.LABELS[bench.source], "modelled" if bench.source == "emulator" else "measured"
 speeds = [f"{row['output_tokens_per_s'] or 0:,.0f}" for row in curve]
 keeps = "none of the levels" if best_level is None else "{concurrency} streams".format(**best_level)
 passing = "unknown, the client was the limit" if wave["verdict"] != "VALID" else wave["burst"]["largest_passing_burst"]
@@ -117,7 +117,8 @@ ranked = wave_frame.sort_values(["scheduled_s", "sent_s"])
 waits = (ranked["first_token_s"] - ranked["scheduled_s"]).to_numpy()
 last_s = np.nanmax(waits)
 told = [
-    f"{label}; {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}",
+    f"Source: {label}",
+    f"Configured as {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}",
     f"At {concurrency} streams: {', '.join(speeds)} tokens/s",
     f"Most output with p90 TTFT within {limit_s:g} s: {keeps}",
     f"{burst:,} at once: the last first token after {last_s:.2g} s, {wave['failed']} without an answer",
@@ -276,40 +277,43 @@ plt.show()
 
 # %%
 absorbed = wave["burst"]
-told_burst = {"requests": burst, "answered": wave["completed"], "shed": absorbed["shed_fraction"]}
-told_burst |= {"time to recover s": absorbed["time_to_recover_s"], "waiting, request-s": absorbed["backlog_request_s"]}
-told_burst |= {"largest passing": absorbed["largest_passing_burst"], "most waiting": wave["server"]["waiting"]}
+told_burst = {"sent": burst, "answered": wave["completed"], "shed": absorbed["shed_fraction"]}
+told_burst |= {"recovered s": absorbed["time_to_recover_s"], "backlog req-s": absorbed["backlog_request_s"]}
+told_burst |= {"passing": absorbed["largest_passing_burst"], "waiting": wave["server"]["waiting"]}
 print(notebook.table([told_burst | {"verdict": wave["verdict"], "provenance": how}]))
 print(f"\n10,000 at the same rate: {last_s * 10_000 / burst:,.0f} s until the last first token (extrapolated)")
 
 # %% [markdown]
 # **Reading it.** First tokens come in steps: each step of the engine takes as many prompts as its token budget holds.
 # The slope is the speed of prefill, and `--max-num-seqs` does not change it.
-# "Largest passing" is the largest n of which 95 % were in time; nothing was shed, because no limit on waiting
-# requests is set: `kit emulate --max-num-queued-reqs` shows the refusals.
+# "Passing" is the largest n whose first n had 95 % in time, "recovered" when the last late first token came, and the
+# backlog the area of waiting requests over time.
+# Nothing is shed, because no limit on waiting requests is set: `kit emulate --max-num-queued-reqs` shows refusals.
 # The whole burst: `kit run --notebooks 04 --set burst=10000`.
 #
 # ## Which clock do you believe?
 #
 # Coordinated omission is measuring from the send what had to wait to be sent.
-# Below, requests are due at twice the rate that one stream serves, through a client that keeps one in flight.
+# Say a tool promises twice the rate that one stream serves, and keeps one request in flight.
+# Then it sends as the closed loop of one stream does, while its requests were due long before.
 
 # %%
-rate = round(2 * (curve[0]["requests_per_s"] or 1.0), 2)
-capped = level("request_rate", rate, ask, requests=12, max_concurrency=1)
-capped_summary, capped_frame = bench.measure(replace(capped, name="capped"))
-clocks = {"from the schedule": "ttft_scheduled_s", "from the send": "ttft_s"}
-rows = [
-    {"TTFT": what, "p50 ms": capped_summary[key]["p50"] * 1e3, "p90 ms": capped_summary[key]["p90"] * 1e3}
-    | {"verdict": capped_summary["verdict"], "provenance": how}
-    for what, key in clocks.items()
-]
-print(notebook.table(rows))
+alone, calls = bench.measure(level("concurrency", 1, ask, requests=10))
+calls = calls.sort_values("sent_s")
+due_s = np.arange(len(calls)) / (2 * alone["requests_per_s"])
+clocks = {
+    "from the schedule": calls["first_token_s"] - due_s,
+    "from the send": calls["first_token_s"] - calls["sent_s"],
+}
+ms = {what: np.quantile(waited, (0.5, 0.9)) * 1e3 for what, waited in clocks.items()}
+rows = [{"TTFT": what, "p50 ms": p50, "p90 ms": p90} for what, (p50, p90) in ms.items()]
+print(notebook.table([row | {"verdict": alone["verdict"], "provenance": how} for row in rows]))
 
 # %% [markdown]
 # **Reading it.** The same requests: a user who was due and had to wait sees the first line, a tool that starts its
 # watch at the send reports the second.
-# Attainment and goodput count from the schedule.
+# `kit load` sends what is due whatever is in flight, reports both clocks, and counts attainment and goodput from the
+# schedule.
 #
 # ## Can the client's numbers be believed?
 #
@@ -319,7 +323,7 @@ print(notebook.table(rows))
 
 # %%
 checks = dict(zip([*(f"{number} streams" for number in streams), "burst"], summaries, strict=True))
-checks |= {"sessions": agents, "one in flight": capped_summary}
+checks |= {"sessions": agents}
 rows = [
     {"measurement": what, "verdict": one["verdict"], "send lag p99 ms": one["send_lag_s"]["p99"] * 1e3}
     | {"read lag p99 ms": one["read_lag_s"]["p99"] and one["read_lag_s"]["p99"] * 1e3}
@@ -383,7 +387,7 @@ print("\nSpeed: no GPU has measured the two side by side here")
 # %%
 rates = max(row["requests_per_s"] or 0 for row in curve)
 numbers = {"burst": burst, "burst_in_time": np.mean(waits <= limit_s), "recover_s": last_s, "times": 10_000 / burst}
-first = (frames[0]["first_token_s"] - frames[0]["scheduled_s"]).to_numpy()
+first = (calls["first_token_s"] - calls["scheduled_s"]).to_numpy()
 numbers |= {"alone_in_time": np.mean(first <= limit_s), "capacity": rates}
 turns = np.mean([len(one.turns) for one in drawn])
 numbers |= {"turns": turns, "needed": 500 / 60 * turns, "capacity_over_calls": rates / (500 / 60)}
@@ -393,7 +397,7 @@ shares = {name: count / len(asked) for name, count in valid.items()}
 numbers |= {"vllm_valid": shares["vllm"], "sglang_valid": shares["sglang"]}
 numbers |= {"valid_ahead": shares["sglang"] - shares["vllm"], "files_needed": host[0]["needed"]}
 numbers |= {"limits": len(host), "limits_met": sum(row["enough"] is True for row in host)}
-notebook.prose_table(article.rows("04", numbers))
+notebook.prose_table(article.rows("04", numbers), {name: name.replace("modelled", how) for name in article.HEADINGS})
 
 # %% [markdown]
 # ## Where does the model break?
@@ -448,7 +452,7 @@ print("\n".join(notebook.check(*pair) for pair in zip(given, right, strict=True)
 sent, answered = (sum(one[name] for one in checks.values()) for name in ("sent", "completed"))
 more = curve[-1]["output_tokens_per_s"] > curve[0]["output_tokens_per_s"]
 later = curve[-1]["ttft_p90_s"] > curve[0]["ttft_p90_s"]
-hidden_wait = capped_summary["ttft_scheduled_s"]["p90"] > 2 * capped_summary["ttft_s"]["p90"]
+hidden_wait = ms["from the schedule"][1] > 2 * ms["from the send"][1]
 yes = {True: "yes", False: "no"}
 print(f"Source: {label}")
 print(f"Ladder {concurrency}, burst {burst:,}, {sessions} sessions: {sent:,} requests sent, {answered:,} answered")
