@@ -160,9 +160,9 @@ def test_the_import_check_sees_a_wrong_import():
     assert against_the_grain("memory", tree) == {"simulator", "run"}
 
 
-def test_kit_stays_small():
+def test_kit_does_not_grow():
     texts = {str(path): path.read_text(encoding="utf-8") for path in kit_files()}
-    assert sum(map(code_lines.code_lines, texts.values())) <= code_lines.CEILING
+    assert sum(map(code_lines.code_lines, texts.values())) <= code_lines.ACCEPTED
     assert {name: n for name, text in texts.items() if (n := len(text.splitlines())) > 300} == {}
 
 
