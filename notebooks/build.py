@@ -117,9 +117,7 @@ def main() -> int:
     options = parser.parse_args()
     sources = sorted(SOURCES.glob("[0-9][0-9]_*.py"))
     if unknown := [n for n in options.names if not any(_named(s, n) for s in sources)]:
-        parser.error(
-            f"no source {', '.join(unknown)}; there are {', '.join(s.stem for s in sources)}"
-        )
+        parser.error(f"no source {', '.join(unknown)}; there are {', '.join(s.stem for s in sources)}")
     chosen = [s for s in sources if not options.names or any(_named(s, n) for n in options.names)]
     if options.check:
         lines = [line for source in chosen for line in differences(source)]

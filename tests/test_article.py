@@ -227,3 +227,22 @@ def test_every_pattern_has_a_scenario_and_something_that_holds_it():
         assert scenario.load(row["scenario"]).key == row["scenario"]
         assert row["held by"]
     assert "replicas of 8x" in found[2]["held by"]
+
+
+FOUND = {
+    "burst": 200, "burst_in_time": 0.16, "alone_in_time": 1.0, "recover_s": 3.5, "times": 50, "capacity": 30.0,
+    "turns": 5.0, "needed": 500 / 60 * 5, "capacity_over_calls": 3.6, "capacity_over_sessions": 0.72,
+    "vllm_hits": 0.87, "sglang_hits": 0.88, "hits_ahead": 0.01, "vllm_valid": 1.0, "sglang_valid": 1.0,
+    "valid_ahead": 0.0, "files_needed": 10_064, "limits": 4, "limits_met": 3,
+}  # fmt: skip
+
+
+def test_lines_that_a_run_answers():
+    found = article.lines("04", FOUND)
+    assert [(one.id, one.verdict) for one in found] == [
+        ("A1", CONDITION), ("A2", CONDITION), ("F4", NOT), ("F4", NOT), ("F8", HOLDS),
+    ]  # fmt: skip
+    assert not any(re.search(r"[{}]", one.reason) for one in found)
+    assert "16%" in found[0].reason
+    ahead = article.lines("04", FOUND | {"hits_ahead": 0.1, "capacity_over_sessions": 1.2})
+    assert [ahead[1].verdict, ahead[2].verdict] == [HOLDS, HOLDS]

@@ -39,9 +39,7 @@ GPU_KEYS = [
     "mi300x-192gb",
 ]
 MODEL_FILES = sorted((DATA / "models").glob("*.json"))
-MODELS: dict[str, dict[str, Any]] = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in MODEL_FILES
-}
+MODELS: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in MODEL_FILES}
 GPUS: dict[str, dict[str, Any]] = yaml.safe_load((DATA / "gpus.yaml").read_text(encoding="utf-8"))
 SCENARIO_FILES = sorted((DATA / "scenarios").glob("*.yaml"))
 
@@ -254,9 +252,7 @@ def test_names_are_unique() -> None:
 
 def by_name() -> dict[str, dict[str, Any]]:
     return {
-        name.split("/")[-1].lower(): record
-        for record in MODELS.values()
-        for name in (record["id"], *record["aliases"])
+        name.split("/")[-1].lower(): record for record in MODELS.values() for name in (record["id"], *record["aliases"])
     }
 
 
@@ -545,9 +541,7 @@ def test_scenario(path: Path) -> None:
 
 def test_daily_volume_is_the_articles() -> None:
     """10,000 conversations of 5 turns of 200 tokens: 116 tokens/s, 1,157 at ten times that."""
-    scenario = yaml.safe_load(
-        (DATA / "scenarios" / "customer-service-daily.yaml").read_text(encoding="utf-8")
-    )
+    scenario = yaml.safe_load((DATA / "scenarios" / "customer-service-daily.yaml").read_text(encoding="utf-8"))
     tokens = scenario["conversations_per_day"] * scenario["turns"]
     mean_per_s = tokens * scenario["output_tokens_per_turn"] / 86_400
     assert mean_per_s == pytest.approx(115.74, abs=0.01)

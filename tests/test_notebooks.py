@@ -137,9 +137,7 @@ def test_no_paths_tracebacks_widgets_or_odd_tags(path):
         assert set(cell["metadata"]) <= {"tags"}
         assert not re.search(r"sys\.path|filterwarnings|ipywidgets|open\(", source(cell))
     for cell in code(path):
-        assert not re.search(
-            r"/(home|root|Users|tmp|work|mnt)/|[A-Z]:\\\\", source(cell) + texts(cell)
-        )
+        assert not re.search(r"/(home|root|Users|tmp|work|mnt)/|[A-Z]:\\\\", source(cell) + texts(cell))
         assert "Traceback" not in texts(cell)
         kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
         assert not any("widget" in kind or "javascript" in kind for kind in kinds)
@@ -179,9 +177,7 @@ def test_a_changed_source_is_noticed(tmp_path, monkeypatch):
 
 
 def nbval(path: Path) -> subprocess.CompletedProcess[str]:
-    flags = (
-        "--nbval-lax --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider -p no:xdist"
-    )
+    flags = "--nbval-lax --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider -p no:xdist"
     command = [sys.executable, "-m", "pytest", *flags.split(), f"--rootdir={path.parent}"]
     return subprocess.run([*command, str(path)], capture_output=True, text=True, cwd=path.parent)
 

@@ -134,3 +134,25 @@ def test_lines_over_names_each_line(ax):
     plots.lines_over({"a": ([0, 1], [5, 1]), "b": ([0, 1], [2, 4])}, "finding", "here", ylabel="Sessions")
     assert {"a", "b", "here", "finding"} <= set(said(ax))
     assert ax.get_ylim()[0] == 0
+
+
+def test_throughput_over_ttft(ax):
+    curve = [
+        {"concurrency": n, "output_tokens_per_s": rate, "ttft_p90_s": p90, "ttft_p99_s": p99}
+        for n, rate, p90, p99 in ((1, 100.0, 0.02, None), (16, 900.0, 0.3, None), (64, 1500.0, 0.9, 1.2))
+    ]
+    plots.throughput_over_ttft(curve, [{"ttft_p90_s": 0.03, "output_tokens_per_s": 90.0}], 0.5, "below")
+    p90, p99, predicted, limit = ax.lines
+    assert list(p90.get_xdata()) == [0.02, 0.3, 0.9]
+    assert list(p99.get_xdata()) == [1.2]  # unknown ones are left out
+    assert (list(predicted.get_xdata()), predicted.get_marker()) == ([0.03], "None")
+    assert limit.get_xdata()[0] == 0.5
+    assert {"1", "16", "64", "below", "At 16 streams 900 tokens/s with p90 TTFT within 0.5 s"} <= set(said(ax))
+    assert "(s)" in ax.get_xlabel()
+
+
+def test_no_level_within_the_limit(ax):
+    plots.throughput_over_ttft(
+        [{"concurrency": 1, "output_tokens_per_s": 9.0, "ttft_p90_s": None, "ttft_p99_s": None}], [], 0.5, "below"
+    )
+    assert "No level with p90 TTFT within 0.5 s" in said(ax)

@@ -87,9 +87,7 @@ def test_values_take_the_type_of_their_default(tmp_path):
     assert filled == {"gpu": "l4-24gb", "model": "8", "levels": 4, "share": 1.0, "fast": False}
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("levels", "four"), ("levels", "4.5"), ("fast", "1"), ("share", "[")]
-)
+@pytest.mark.parametrize(("name", "text"), [("levels", "four"), ("levels", "4.5"), ("fast", "1"), ("share", "[")])
 def test_a_value_of_another_type_is_refused(tmp_path, name, text):
     path = write_notebook(tmp_path, "01_types")
     with pytest.raises(UserError, match=f"parameter {name} is"):

@@ -410,7 +410,7 @@ long = fixed_sessions(2 * full.max_model_len, output_tokens)
 refused, _ = bench.measure(replace(level("concurrency", 2, long, requests=4), name="too-long"))
 print(f"sent {refused['sent']}, completed {refused['completed']}, failed {refused['failures']}")
 print(f"TTFT p50: {refused['ttft_s']['p50']} ({refused['ttft_s']['nulls']['p50']})")
-print(f"attainment: {refused['slo_attainment_fraction']}")
+print(f"SLO met: {refused['slo_met']}")
 
 # %% [markdown]
 # A refused request is a miss, and a percentile that falls among misses is unknown, never zero.
