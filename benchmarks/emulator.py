@@ -117,7 +117,7 @@ async def schedule(kv_blocks: int) -> None:
     limits = SchedulerConfig(kv_blocks, max_num_seqs=24, max_num_batched_tokens=512, max_model_len=8192)
     config = resolve(EngineConfig(), catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"))
     loop, rng, tree = asyncio.get_running_loop(), np.random.default_rng(1), PrefixTree(limits.block_size)
-    real, start = Clock(limits, Line(), Page(config, "tiny"), loop), monotonic()
+    real, start = Clock(limits, Line(), Page(config, "tiny", limits), loop), monotonic()
     talks = []
     for key in range(40):
         lengths = zip(rng.integers(20, 400, 3), rng.integers(5, 120, 3), rng.random(3) / 5, strict=True)

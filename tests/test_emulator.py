@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ import numpy as np
 import pytest
 
 from kit import catalog
-from kit.emulator import Api, clock, hide, truth
+from kit.emulator import Api, clock, hide
 from kit.emulator.page import Page
 from kit.emulator.server import Connection, Generation
 from kit.emulator.text import PrefixTree, example, words
@@ -62,8 +63,8 @@ def resolved(engine: str = "vllm") -> ResolvedConfig:
     return resolve(EngineConfig(engine=engine), catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"))
 
 
-def machine(engine: str = "vllm", limits: SchedulerConfig = LIMITS, **given: Any) -> Callable[[], Api]:
-    return partial(Api, "tiny", resolved(engine), limits, Line(), **given)
+def machine(engine: str = "vllm", limits: SchedulerConfig = LIMITS, make: Any = clock.Clock) -> Callable[[], Api]:
+    return lambda: Api("tiny", make(limits, Line(), Page(resolved(engine), "tiny", limits)))
 
 
 @dataclass
@@ -370,10 +371,7 @@ def test_names_labels_and_edges_are_the_engines(engine: str, file: str) -> None:
     if not captured.exists():
         pytest.skip(f"{captured} is not there")
     real = captured.read_text()
-    values = dict.fromkeys(("stop", "length", "abort"), 0.0) | dict.fromkeys(
-        ("running", "waiting", "kv_cache_usage", "preemptions", "prefix_hits", "prefix_queries", "prefix_hit_rate",
-         "prompt_tokens", "generation_tokens", "refused", "kv_cache_tokens"), 64.0)  # fmt: skip
-    page = Page(resolved(engine), "tiny").text(values, 16)
+    page = Page(resolved(engine), "tiny", LIMITS).text(defaultdict(lambda: 64.0))
     absent_at_first = {"sglang:num_retracted_requests_total", "sglang:num_aborted_requests_total"}
     for line in page.splitlines():
         found = re.match(r"(\w+:\w+)\{(.*)\}", line)
@@ -432,7 +430,7 @@ def test_the_same_requests_get_the_same_answers() -> None:
 
 
 def test_pace_is_kept() -> None:
-    with serving(machine(pace_s=(0.1, 0.01))) as served:
+    with serving(machine(make=partial(clock.Paced, (0.1, 0.01)))) as served:
         begun = time.monotonic()
         answer = served.events(messages=[user("x")], max_tokens=21, ignore_eos=True)
         assert 0.3 <= time.monotonic() - begun < 3.0  # 0.1 + 20 x 0.01 s; the rest is this machine's
@@ -440,9 +438,10 @@ def test_pace_is_kept() -> None:
 
 
 def test_a_hidden_machine_is_the_seeds_and_slower_where_its_factors_say() -> None:
-    assert truth(3) == truth(3) != truth(4)
-    drawn, nominal = truth(3), Line()
-    limits, steps = hide(drawn, LIMITS, nominal)
+    nominal = Line()
+    limits, steps = hide(3, LIMITS, nominal)
+    drawn = steps.truth
+    assert drawn == hide(3, LIMITS, nominal)[1].truth != hide(4, LIMITS, nominal)[1].truth
     assert limits.kv_blocks == int(LIMITS.kv_blocks * drawn.kv_cache_factor)
     base_s, per_token_s = steps.decode_line(8)
     assert base_s == pytest.approx(nominal.decode_line(8)[0] / drawn.bandwidth_factor + drawn.step_s + 8 * drawn.row_s)
@@ -522,8 +521,8 @@ def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, m
     simulated = Simulation(SimulationConfig(limits), Line()).run(load)
     loop = VirtualLoop()
     monkeypatch.setattr(clock, "monotonic", loop.monotonic)
-    page = Page(resolved(), "tiny")
-    real = clock.Clock(limits, Line(), page, loop)  # type: ignore[arg-type]
+    page = Page(resolved(), "tiny", limits)
+    real = clock.Clock(limits, Line(), page, loop)
     tree = PrefixTree(limits.block_size)
     talks = [Talk(session, real, tree, loop) for session in load]
     for talk in talks:
@@ -539,19 +538,17 @@ def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, m
     assert ttft_s == pytest.approx(np.median(turns[:, 7] - turns[:, 5]), rel=0.03)
 
 
-def test_a_hidden_machine_stalls_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    spans = []
-    for hidden in (None, replace(truth(0), stall_every_s=0.05, stall_s=10.0)):
-        loop = VirtualLoop()
-        monkeypatch.setattr(clock, "monotonic", loop.monotonic)
-        real = clock.Clock(LIMITS, Line(), Page(resolved(), "tiny"), loop, hidden, 1)  # type: ignore[arg-type]
-        talk = Talk(Session(1, 0.0, [Turn(40, 100)]), real, PrefixTree(16), loop)
-        talk.send()
-        loop.run()
-        spans.append(talk.requests[0].times[2] - 1000)
-    stalls = (spans[1] - spans[0]) / 10.0
-    assert round(stalls) >= 1
-    assert stalls == pytest.approx(round(stalls), abs=0.01)
+def test_a_hidden_machine_stalls_now_and_then() -> None:
+    _, steps = hide(1, LIMITS, Line())
+    base_s, per_token_s = steps.decode_line(8)
+    step_s = base_s + 1000 * per_token_s
+    steps.truth.stall_every_s, steps.truth.stall_s = 100 * step_s, 10.0
+    stalls = [round((steps.step_s([], 8, 1000) - step_s) / 10.0) for _ in range(20_000)]
+    assert set(stalls) == {0, 1}
+    assert 140 <= sum(stalls) <= 260  # 200 expected
+    again = hide(1, LIMITS, Line())[1]
+    again.truth = steps.truth
+    assert [again.step_s([], 8, 1000) > 10.0 for _ in range(500)] == [stall > 0 for stall in stalls[:500]]
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -32,13 +32,16 @@ def command(
     """Serve as that engine on that GPU would schedule; times are the model's, never a GPU's."""
     pace_s = _pace(pace) if pace else None
     from kit import catalog, simulator
-    from kit.emulator import Api, listen
+    from kit.emulator import Api, Clock, Paced, Page, hide, listen
     from kit.engine_config import resolve
 
     spec, card = catalog.model(model), catalog.gpu(gpu)
     limits, step_time, warnings = simulator.replica(spec, card, config)
     limits = replace(limits, max_num_queued_reqs=max_num_queued_reqs)
-    make = partial(Api, model, resolve(config, spec, card), limits, step_time, truth, pace_s)
+    if truth is not None:
+        limits, step_time = hide(truth, limits, step_time)
+    page = Page(resolve(config, spec, card), model, limits)
+    clock = partial(partial(Paced, pace_s) if pace_s else Clock, limits, step_time, page)
 
     def ready(url: str) -> None:
         told = {"base_url": url, "model": model, "emulated": True, "warnings": warnings}
@@ -54,14 +57,12 @@ def command(
     run = asyncio.run
     with suppress(ImportError):
         from uvloop import run
-    run(listen(make, host, port, ready))
+    run(listen(lambda: Api(model, clock()), host, port, ready))
 
 
 def _pace(text: str) -> tuple[float, float]:
-    try:
+    with suppress(ValueError):
         ttft_s, itl_s = (float(part) / 1e3 for part in text.split(","))
-    except ValueError:
-        ttft_s = itl_s = -1.0
-    if not (0 < ttft_s < float("inf") and 0 < itl_s < float("inf")):
-        raise UserError(f"--pace {text!r}: want two numbers of milliseconds above 0: TTFT_MS,ITL_MS")
-    return ttft_s, itl_s
+        if min(ttft_s, itl_s) > 0 and max(ttft_s, itl_s) < float("inf"):
+            return ttft_s, itl_s
+    raise UserError(f"--pace {text!r}: want two numbers of milliseconds above 0: TTFT_MS,ITL_MS")

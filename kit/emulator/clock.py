@@ -2,15 +2,11 @@
 
 import asyncio
 import sys
-from collections import Counter
 from heapq import heappop, heappush
 from itertools import count
 from time import monotonic
 from typing import Any
 
-import numpy as np
-
-from kit.emulator.hidden import Truth
 from kit.emulator.page import Page
 from kit.scheduler import Batch, Request, Scheduler, SchedulerConfig, StepTime
 
@@ -25,17 +21,12 @@ COUNTED = "stop", "length", "abort", "refused", "prompt_tokens", "generation_tok
 class Clock:
     """Runs a scheduler's steps in real time. A request's owner gets its tokens (`token(last)`); none: it has left."""
 
-    def __init__(
-        self, limits: SchedulerConfig, step_time: StepTime, page: Page, loop: asyncio.AbstractEventLoop,
-        truth: Truth | None = None, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.scheduler, self.step_time, self.page, self.loop = Scheduler(limits), step_time, page, loop
-        self.truth, self.rng = truth, np.random.default_rng([seed, 20262])
-        self.next_stall = monotonic() + self.rng.exponential(truth.stall_every_s) if truth else NEVER
-        self.end, self.told_late = NEVER, 0.0  # of the step under way
+    def __init__(self, limits: SchedulerConfig, times: StepTime, page: Page, loop: Any = None) -> None:
+        self.scheduler, self.step_time, self.page = Scheduler(limits), times, page
+        self.loop: asyncio.AbstractEventLoop = loop or asyncio.get_running_loop()
+        self.end, self.told_late = NEVER, 0.0  # end of the step under way
         self.batch: Batch | None = None
-        self.rows: list[Request] = []
-        self.counts = Counter[str]()
+        self.counts = dict.fromkeys(COUNTED, 0)
         self.timer: asyncio.Handle | None = None
 
     def submit(self, call: Any) -> str | None:
@@ -44,7 +35,6 @@ class Clock:
         refusal = self.scheduler.add(call)
         if refusal is None and self.batch is None:
             self._plan(call.times[0])
-            self.arm()
         return refusal
 
     def cancel(self, call: Request) -> None:
@@ -59,76 +49,67 @@ class Clock:
         late_s = now - self.end
         if late_s < 0:
             return
-        self.page.late.add(late_s)
+        self.page.histograms["late"].add(late_s)
         if late_s > LATE_S and now > self.told_late + TELL_EVERY_S:
             self.told_late = now
             sys.stderr.write(f"kit emulate: {late_s * 1e3:.0f} ms late: too much load for this machine to keep time\n")
         self.step_end(now)
 
-    def arm(self) -> None:
-        """Look again when the step is about to end."""
+    def arm(self, end: float) -> None:
+        """The step ends then: look again shortly before."""
+        self.end = end
         if self.timer:
             self.timer.cancel()
-        left_s = self.end - monotonic()
+        left_s = end - monotonic()
         wait = self.loop.call_soon if left_s < SPIN_S else lambda do: self.loop.call_later(left_s - 0.75 * SPIN_S, do)
-        self.timer = wait(self._tick) if left_s < NEVER else None
+        self.timer = wait(self._tick) if end < NEVER else None
 
     def _tick(self) -> None:
         self.poll()
-        self.arm()
+        self.arm(self.end)
 
     def _plan(self, start: float) -> None:
         """Begin the next step at `start`, or be idle."""
         batch = self.batch = self.scheduler.plan()
-        if batch is None:
-            self.end = NEVER
-            return
-        for call in batch.admitted:
+        for call in batch.admitted if batch else []:
             if len(call.times) == 1:
                 self.page.histograms["queue_time"].add(start - call.times[0])
-        self.rows = self.scheduler.decoding() if batch.decodes else []
-        chunks = [(tokens, before) for _, tokens, before in batch.chunks]
-        self.end = start + self.step_time.step_s(chunks, batch.decodes, batch.context)
-        if self.truth and start >= self.next_stall:
-            self.end += self.truth.stall_s
-            self.next_stall = start + self.rng.exponential(self.truth.stall_every_s)
+        chunks = [(tokens, before) for _, tokens, before in batch.chunks] if batch else []
+        self.arm(start + self.step_time.step_s(chunks, batch.decodes, batch.context) if batch else NEVER)
 
     def step_end(self, now: float) -> None:
         """Hand out the tokens of the step and plan the next one from its planned end."""
         assert self.batch is not None
+        rows = self.scheduler.decoding() if self.batch.decodes else []
         first, finished = self.scheduler.commit(self.batch)
         over = {call.key for call in finished}
-        for call in [*self.rows, *first]:
+        for call in rows + first:
             self.emit(call, now, call.key in over)
         self._plan(max(self.end, now - GIVEN_UP_S))
 
     def emit(self, call: Any, now: float, last: bool) -> None:
         """Count one token and pass it on."""
-        if (owner := call.owner) is None:
+        owner, (arrival, *before), seconds = call.owner, call.times, self.page.histograms
+        if owner is None:
             return
-        seconds, times = self.page.histograms, call.times
-        if len(times) == 1:
-            seconds["ttft"].add(now - times[0])
-            self.counts["prompt_tokens"] += call.input_len
-            times += [now, now]
-        else:
-            seconds["itl"].add(now - times[2])
-            times[2] = now
+        call.times = [arrival, before[0] if before else now, now]
+        seconds["itl" if before else "ttft"].add(now - (before[1] if before else arrival))
+        self.counts["prompt_tokens"] += 0 if before else call.input_len
         self.counts["generation_tokens"] += 1
         if last:
             call.owner = None
-            seconds["e2el"].add(now - times[0])
-            seconds["tpot"].add((now - times[1]) / max(1, call.output_len - 1))
+            seconds["e2el"].add(now - arrival)
+            seconds["tpot"].add((now - call.times[1]) / max(1, call.output_len - 1))
         owner.token(last)
 
     def values(self) -> dict[str, float]:
         """Our quantities for the metrics page, and the requests that ended, by reason."""
-        scheduler, counts = self.scheduler, self.counts
-        asked, hits = scheduler.query_tokens, scheduler.hit_tokens
-        return {name: counts[name] for name in COUNTED} | {
+        scheduler, asked, hits = self.scheduler, self.scheduler.query_tokens, self.scheduler.hit_tokens
+        return {
+            **self.counts, "emulated": 1, "lateness_max": self.page.histograms["late"].max,
             "running": len(scheduler.running), "waiting": len(scheduler.waiting), "preemptions": scheduler.preemptions,
-            "kv_cache_usage": scheduler.kv_cache_usage, "prefix_queries": asked, "prefix_hits": hits,
-            "prefix_hit_rate": hits / max(1, asked),
+            "prefix_queries": asked, "prefix_hits": hits, "prefix_hit_rate": hits / max(1, asked),
+            "kv_cache_usage": scheduler.kv_cache_usage,
             "kv_cache_tokens": scheduler.pool.total * scheduler.config.block_size,
         }  # fmt: skip
 
@@ -146,8 +127,7 @@ class Paced(Clock):
         """Take a call in; nothing is refused."""
         call.times = [monotonic()]
         heappush(self.due, (call.times[0] + self.ttft_s, next(self.order), call))
-        self.end = self.due[0][0]
-        self.arm()
+        self.arm(self.due[0][0])
         return None
 
     def step_end(self, now: float) -> None:
@@ -160,7 +140,7 @@ class Paced(Clock):
             if call.generated < call.output_len and call.owner is not None:
                 heappush(self.due, (due + self.itl_s, next(self.order), call))
             self.emit(call, now, call.generated == call.output_len)
-        self.end = self.due[0][0] if self.due else NEVER
+        self.arm(self.due[0][0] if self.due else NEVER)
 
     def values(self) -> dict[str, float]:
         """As above; every call runs."""

@@ -1,7 +1,8 @@
 """A machine that is not the modelled one: speeds, overheads, KV pool and stalls drawn from a seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -9,47 +10,34 @@ from kit.catalog.paths import DATA, load_yaml
 from kit.scheduler import SchedulerConfig, StepTime
 
 
-@dataclass(frozen=True, slots=True)
-class Truth:
-    """Factors on the model's speeds and pool, seconds added; data/emulator.yaml says to what."""
-
-    bandwidth_factor: float
-    compute_factor: float
-    kv_cache_factor: float
-    step_s: float
-    row_s: float
-    request_s: float
-    stall_every_s: float
-    stall_s: float
-
-
-def truth(seed: int) -> Truth:
-    """The machine of that seed, the same on every call."""
-    rng, spans = np.random.default_rng([seed, 20261]), load_yaml(DATA / "emulator.yaml")["truth"]
-    return Truth(**{name: float(np.exp(rng.uniform(*np.log(span)))) for name, span in spans.items()})
-
-
-@dataclass(frozen=True, slots=True)
 class HiddenStepTime:
-    """`nominal` on another machine: its decode part by bandwidth, the rest by compute, and overheads."""
+    """`nominal` on another machine: its decode part by bandwidth, the rest by compute; overheads, stalls."""
 
-    nominal: StepTime
-    truth: Truth
+    def __init__(self, nominal: StepTime, seed: int) -> None:
+        self.nominal, self.rng = nominal, np.random.default_rng([seed, 20261])
+        spans = load_yaml(DATA / "emulator.yaml")["truth"]
+        self.truth = SimpleNamespace(**{name: np.exp(self.rng.uniform(*np.log(span))) for name, span in spans.items()})
+        self.to_stall = self.rng.exponential()  # in mean distances, of time at work
 
     def step_s(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int) -> float:
-        """Seconds of a step with prefill."""
+        """Seconds of a step with prefill, now and then with a stall."""
         prompts_s = self.nominal.step_s(chunks, decodes, context) - self.nominal.step_s((), decodes, context)
         base_s, per_token_s = self.decode_line(decodes)
         added_s = prompts_s / self.truth.compute_factor + len(chunks) * self.truth.request_s
-        return base_s + per_token_s * context + added_s
+        step_s = base_s + per_token_s * context + float(added_s)
+        self.to_stall -= step_s / self.truth.stall_every_s
+        if self.to_stall < 0:
+            self.to_stall = self.rng.exponential()
+            step_s += self.truth.stall_s
+        return step_s
 
     def decode_line(self, decodes: int) -> tuple[float, float]:
-        """Seconds of a pure decode step: a constant, and per KV token that the rows read."""
-        base_s, per_token_s = (part / self.truth.bandwidth_factor for part in self.nominal.decode_line(decodes))
+        """Seconds of a pure decode step without stalls: a constant, and per KV token that the rows read."""
+        base_s, per_token_s = (float(part / self.truth.bandwidth_factor) for part in self.nominal.decode_line(decodes))
         return base_s + self.truth.step_s + decodes * self.truth.row_s, per_token_s
 
 
-def hide(hidden: Truth, limits: SchedulerConfig, nominal: StepTime) -> tuple[SchedulerConfig, StepTime]:
-    """Limits and step times of that machine, its stalls aside."""
-    blocks = max(1, int(limits.kv_blocks * hidden.kv_cache_factor))
-    return replace(limits, kv_blocks=blocks), HiddenStepTime(nominal, hidden)
+def hide(seed: int, limits: SchedulerConfig, nominal: StepTime) -> tuple[SchedulerConfig, HiddenStepTime]:
+    """Limits and step times of the machine of that seed, the same on every call."""
+    hidden = HiddenStepTime(nominal, seed)
+    return replace(limits, kv_blocks=max(1, int(limits.kv_blocks * hidden.truth.kv_cache_factor))), hidden

@@ -1,26 +1,29 @@
 """The metrics page under the engine's own names, from data/engines, with the emulator's lateness."""
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from itertools import accumulate
 
 from kit.catalog.paths import DATA, load_yaml
 from kit.engine_config import ResolvedConfig, by_version, engine_data
+from kit.scheduler import SchedulerConfig
 
 
 class Histogram:
-    """Observations by upper edge."""
+    """Observations by upper edge; without a name it is not shown."""
 
-    def __init__(self, edges: list[float]) -> None:
-        self.edges, self.counts, self.sum, self.max = edges, [0] * (len(edges) + 1), 0.0, 0.0
+    def __init__(self, name: str | None, edges: list[float]) -> None:
+        self.name, self.edges, self.counts, self.sum, self.max = name, edges, [0] * (len(edges) + 1), 0.0, 0.0
 
     def add(self, value: float) -> None:
+        """Count one observation."""
         self.counts[bisect_left(self.edges, value)] += 1
         self.sum += value
         self.max = max(value, self.max)
 
-    def lines(self, name: str, labels: str) -> list[str]:
+    def lines(self, labels: str) -> list[str]:
         """Itself in Prometheus text format."""
-        edges, counts = [*map(str, map(float, self.edges)), "+Inf"], list(accumulate(self.counts))
+        edges, counts, name = [*map(str, map(float, self.edges)), "+Inf"], list(accumulate(self.counts)), self.name
         rows = [f'{name}_bucket{{le="{edge}",{labels}}} {n}' for edge, n in zip(edges, counts, strict=True)]
         ends = [f"{name}_{end}{{{labels}}} {value}" for end, value in (("sum", self.sum), ("count", counts[-1]))]
         return [f"# TYPE {name} histogram", *rows, *ends]
@@ -29,38 +32,29 @@ class Histogram:
 class Page:
     """Names and labels of one engine's page; who keeps the time fills the histograms."""
 
-    def __init__(self, config: ResolvedConfig, model_name: str) -> None:
-        ours, table = load_yaml(DATA / "emulator.yaml"), engine_data(config.engine)["metrics"]
-        self.own = ours["pages"].get(config.engine) or ours["pages"]["other"]
-        self.path, self.names, self.histogram_names = (
-            table["path"],
-            *(
-                {key: by_version(eras, config.engine_version) for key, eras in table[part].items()}
-                for part in ("names", "histograms")
-            ),
+    def __init__(self, config: ResolvedConfig, model_name: str, limits: SchedulerConfig) -> None:
+        pages, engine = load_yaml(DATA / "emulator.yaml")["pages"], engine_data(config.engine)["metrics"]
+        own, self.path = pages.get(config.engine, pages["other"]), engine["path"] or "/metrics"
+        self.names, timed = (
+            {key: by_version(eras, config.engine_version) for key, eras in engine[part].items()} | own.get(part, {})
+            for part in ("names", "histograms")
         )
-        self.histograms = {key: Histogram(edges) for key, edges in self.own["edges"].items()}
-        self.late = Histogram(ours["late_edges"])
-        self.labels = {key: told.replace("{model}", model_name) for key, told in self.own["labels"].items()}
+        self.histograms = {key: Histogram(timed.get(key), edges) for key, edges in own["edges"].items()}
+        given = {"model": model_name, "kv_blocks": limits.kv_blocks, "block_size": limits.block_size}
+        self.labels = {key: told.format(**given) for key, told in own["labels"].items()}
 
-    def text(self, values: dict[str, float], block_size: int) -> str:
-        """The page now, from our quantities and the requests that ended, by reason."""
-        common = self.labels["all"]
-        rows = [("emulator_info", f'emulated="true",{common}', 1.0)]
-        rows.append(("emulator_clock_lateness_max_seconds", common, self.late.max))
+    def text(self, values: Mapping[str, float]) -> str:
+        """The page now, from our quantities."""
+        common, rows = self.labels["all"], dict[str, dict[str, float]]()
         for key, spelling in self.names.items():
             (name, _, label), labels, value = (spelling or "").partition("@"), self.labels.get(key, common), values[key]
             if label:
-                blocks = f'num_gpu_blocks="{int(value // block_size)}",block_size="{block_size}"'
-                labels, value = f'{label}="{int(value)}",{blocks},{labels}', 1.0
-            rows += [(name, labels, value)] if name else []
-        for name, label in self.own.get("ended", {}).items():
-            rows += [(name, f'{label}="{why}",{common}', values[why]) for why in ("stop", "length", "abort")]
-        rows = list({row[:2]: row for row in rows}.values())  # SGLang tells two of our quantities in one counter
-        lines = self.late.lines("emulator_clock_lateness_seconds", common)
-        for name, samples in {name: [row for row in rows if row[0] == name] for name, *_ in rows}.items():
+                labels, value = f'{label}="{int(value)}",{labels}', 1.0
+            rows.setdefault(name, {})[labels] = value  # SGLang tells two of our quantities in one counter
+        rows.pop("", None)  # what the engine does not tell
+        lines = []
+        for name, samples in rows.items():
             lines.append(f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}")
-            lines += [f"{name}{{{labels}}} {value}" for _, labels, value in samples]
-        for key, name in self.histogram_names.items():
-            lines += self.histograms[key].lines(name, common) if name else []
-        return "\n".join(lines) + "\n"
+            lines += [f"{name}{{{labels}}} {value}" for labels, value in samples.items()]
+        shown = [histogram.lines(common) for histogram in self.histograms.values() if histogram.name]
+        return "\n".join(sum(shown, lines)) + "\n"

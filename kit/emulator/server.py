@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from itertools import count
@@ -18,18 +18,13 @@ import httptools
 import numpy as np
 
 from kit.emulator.clock import Clock, Paced
-from kit.emulator.hidden import hide, truth
-from kit.emulator.page import Page
-from kit.emulator.text import TOKEN_BYTES, PrefixTree, prompt_bytes, scripted, words
-from kit.engine_config import ResolvedConfig
+from kit.emulator.text import TOKEN_BYTES, Answer, Body, PrefixTree, parts, plan, prompt_bytes
 from kit.errors import UserError
-from kit.scheduler import Request, SchedulerConfig, StepTime
+from kit.scheduler import Request
 
-Body = dict[str, Any]
-Answer = str | list[Body]  # text, or tool calls
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-OPEN = b"null}]}\n\n"  # how an event ends that is not the last
-NATURAL_TOKENS = 32, 256  # shortest and longest answer that is not told how long to be
+LAST_CHUNK = "0\r\n\r\n"
+TEXT = "text/plain; version=0.0.4"
 BACKLOG = 16_384
 GRACE_S = 2.0  # for answers under way when the server is told to stop
 
@@ -78,9 +73,9 @@ class Connection(asyncio.Protocol):
         self.body += body
 
     def on_message_complete(self) -> None:
-        self.keep, method = self.parser.should_keep_alive(), self.parser.get_method().decode()
+        self.keep, path = self.parser.should_keep_alive(), self.url.partition(b"?")[0]
         if self.call is None:
-            self.api.serve(self, method, self.url.partition(b"?")[0].decode(), self.body)
+            self.api.serve(self, f"{self.parser.get_method().decode()} {path.decode()}", self.body)
         else:
             self.transport.abort()  # pipelining, which nobody does
 
@@ -100,13 +95,12 @@ class Connection(asyncio.Protocol):
 
     def reply(self, status: int, payload: Body | str) -> None:
         """A whole answer, JSON or plain text; or OpenAI's error with that message."""
-        phrase, kind = HTTPStatus(status).phrase, "application/json"
+        phrase = HTTPStatus(status).phrase
         if status != 200:
             error = {"message": payload, "type": phrase.replace(" ", "") + "Error", "param": None, "code": status}
             payload = {"error": error}
-        elif isinstance(payload, str):
-            kind = "text/plain; version=0.0.4"
-        body = payload.encode() if isinstance(payload, str) else json.dumps(payload).encode()
+        kind, text = (TEXT, payload) if isinstance(payload, str) else ("application/json", json.dumps(payload))
+        body = text.encode()
         head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         self.write(head.encode() + body)
         self.done()
@@ -118,96 +112,70 @@ class Generation:
     def __init__(self, connection: Connection, request: Request, body: Body, answer: Answer, finish: str) -> None:
         self.connection, self.request, self.answer, self.finish = connection, request, answer, finish
         self.chat, self.stream = "messages" in body, bool(body.get("stream"))
-        self.usage = (body.get("stream_options") or {}).get("include_usage")
+        self.with_usage = (body.get("stream_options") or {}).get("include_usage")
         kind, prefix = ("chat.completion", "chatcmpl") if self.chat else ("text_completion", "cmpl")
         self.head: Body = {"id": f"{prefix}-{request.key}", "object": kind + ".chunk" * (self.chat and self.stream)}
         self.head |= {"created": int(time.time()), "model": connection.api.model_name}
         self.head["system_fingerprint"] = "emulated"
-        self.events = events(self.head, answer, self.chat)
+        choice = {"index": 0, "delta" if self.chat else "text": None, "finish_reason": None}
+        self.frame = json.dumps({**self.head, "choices": [choice]}).rsplit("null", 2)
+        self.parts, self.opening = parts(answer), self._event({"role": "assistant", "content": ""}) if self.chat else ""
+
+    def _event(self, shown: Any, finish: str | None = None) -> str:
+        start, between, end = self.frame
+        return f"data: {start}{json.dumps(shown)}{between}{json.dumps(finish)}{end}\n\n"
 
     def token(self, last: bool) -> None:
-        """Write the token's event; with the last one all that ends an answer."""
+        """Write the token's event, the first one after the role; with the last one all that ends an answer."""
         if self.stream:
-            data = next(self.events)
+            part, finish = next(self.parts), self.finish if last else None
+            data = self.opening + self._event(part if self.chat else part.get("content", ""), finish)
+            self.opening = ""
             if last:
-                usage = json.dumps({**self.head, "choices": [], "usage": self._counts()}).encode()
-                data = data[: -len(OPEN)] + b'"%b"}]}\n\n' % self.finish.encode()
-                data += (b"data: %b\n\n" % usage if self.usage else b"") + b"data: [DONE]\n\n"
-            self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, b"0\r\n\r\n" if last else b""))
+                usage = json.dumps({**self.head, "choices": [], "usage": self._usage()})
+                data += (f"data: {usage}\n\n" if self.with_usage else "") + "data: [DONE]\n\n"
+            self.connection.write(f"{len(data):x}\r\n{data}\r\n{LAST_CHUNK * last}".encode())
         if last:
             self.connection.api.clock.counts["length" if self.finish == "length" else "stop"] += 1
             self.connection.done() if self.stream else self.connection.reply(200, self._whole())
 
     def _whole(self) -> Body:
-        calls = {"content": None, "tool_calls": self.answer} if isinstance(self.answer, list) else {}
-        message = {"role": "assistant", "content": self.answer, **calls}
-        choice: Body = {"index": 0, "logprobs": None, "finish_reason": self.finish}
-        choice |= {"message": message} if self.chat else {"text": self.answer}
-        return {**self.head, "choices": [choice], "usage": self._counts()}
+        said = (
+            {"content": self.answer} if isinstance(self.answer, str) else {"content": None, "tool_calls": self.answer}
+        )
+        shown = {"message": {"role": "assistant", **said}} if self.chat else {"text": self.answer}
+        choice = {"index": 0, "logprobs": None, "finish_reason": self.finish, **shown}
+        return {**self.head, "choices": [choice], "usage": self._usage()}
 
-    def _counts(self) -> Body:
+    def _usage(self) -> Body:
         given, made = self.request.input_len, self.request.output_len
         counts = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
         return {**counts, "prompt_tokens_details": {"cached_tokens": max(0, self.request.hit_tokens)}}
 
 
-def events(head: Body, answer: Answer, chat: bool) -> Iterator[bytes]:
-    """Server-sent events, one per token; the first of a chat also names the role."""
-    start, field = json.dumps({**head, "choices": []}).encode()[:-2], b"delta" if chat else b"text"
-    frame = b'data: %b{"index": 0, "%b": %%b, "finish_reason": %b' % (start, field, OPEN)
-    opening = frame % b'{"role": "assistant", "content": ""}' if chat else b""
-    for part in parts(answer):
-        shown = {"content": part} if chat and isinstance(part, str) else part
-        yield opening + frame % json.dumps(shown).encode()
-        opening = b""
-
-
-def parts(answer: Answer) -> Iterator[str | Body]:
-    """What each token of an answer shows: a bit of text, or of a tool call."""
-    if isinstance(answer, str):
-        yield from (answer[at : at + TOKEN_BYTES] for at in range(0, len(answer), TOKEN_BYTES))
-        return
-    for index, call in enumerate(answer):
-        yield {"tool_calls": [{"index": index, **call, "function": {**call["function"], "arguments": ""}}]}
-        for part in parts(call["function"]["arguments"]):
-            yield {"tool_calls": [{"index": index, "function": {"arguments": part}}]}
-
-
 class Api:
     """Requests in, calls to the clock, answers out."""
 
-    def __init__(
-        self, model_name: str, config: ResolvedConfig, limits: SchedulerConfig, step_time: StepTime,
-        seed: int | None = None, pace_s: tuple[float, float] | None = None,
-    ) -> None:  # fmt: skip
-        hidden = None if seed is None else truth(seed)
-        if hidden:
-            limits, step_time = hide(hidden, limits, step_time)
-        self.model_name, page = model_name, Page(config, model_name)
-        given = limits, step_time, page, asyncio.get_running_loop(), hidden, seed or 0
-        self.clock = Paced(pace_s, *given) if pace_s else Clock(*given)
-        self.limits, self.keys = limits, count(1)
-        self.tree = None if pace_s else PrefixTree(limits.block_size)
+    def __init__(self, model_name: str, clock: Clock) -> None:
+        self.model_name, self.clock, self.limits = model_name, clock, clock.scheduler.config
+        self.tree, self.keys = PrefixTree(self.limits.block_size), count(1)
         self.connections = set[Connection]()
         card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "emulator"}
-        card |= {"root": model_name, "max_model_len": limits.max_model_len, "emulated": True}
-        self.routes: dict[tuple[str, str], Callable[[Connection, Body], Body | str | None]] = {
-            ("GET", "/health"): lambda *_: "",
-            ("GET", "/v1/models"): lambda *_: {"object": "list", "data": [card]},
-            ("GET", "/metrics"): lambda *_: page.text(self.clock.values(), limits.block_size),
-            ("POST", "/tokenize"): self._tokenize,
-            ("POST", "/v1/chat/completions"): self._generate,
-            ("POST", "/v1/completions"): self._generate,
+        card |= {"root": model_name, "max_model_len": self.limits.max_model_len, "emulated": True}
+        self.routes: dict[str, Callable[[Connection, Body], Body | str | None]] = {
+            "GET /health": lambda *_: "",
+            "GET /v1/models": lambda *_: {"object": "list", "data": [card]},
+            **dict.fromkeys(("GET /metrics", f"GET {clock.page.path}"), lambda *_: clock.page.text(clock.values())),
+            "POST /tokenize": self._tokenize,
+            **dict.fromkeys(("POST /v1/chat/completions", "POST /v1/completions"), self._generate),
         }
-        self.routes["GET", page.path or "/metrics"] = self.routes["GET", "/metrics"]
 
-    def serve(self, connection: Connection, method: str, path: str, body: bytes | bytearray) -> None:
+    def serve(self, connection: Connection, route: str, body: bytearray) -> None:
         """Answer one request, or start the call that will."""
         try:
-            if (method, path) not in self.routes:
-                raise RefusedError(404, f"no {method} {path} here")
-            reply = self.routes[method, path](connection, json.loads(body) if body else {})
-            if reply is not None:
+            if route not in self.routes:
+                raise RefusedError(404, f"no {route} here")
+            if (reply := self.routes[route](connection, json.loads(body or b"{}"))) is not None:
                 connection.reply(200, reply)
         except RefusedError as refused:
             connection.reply(*refused.args)
@@ -223,15 +191,15 @@ class Api:
             raise RefusedError(404, f"no model {body['model']!r} here, only {self.model_name!r}")
         if body.get("n", 1) != 1:
             raise ValueError("n: one choice per request is emulated")
-        prompt = prompt_bytes(body)
-        input_len, asked = len(prompt) // TOKEN_BYTES, body.get("max_completion_tokens", body.get("max_tokens"))
+        prompt, asked = prompt_bytes(body), body.get("max_completion_tokens", body.get("max_tokens"))
+        input_len = len(prompt) // TOKEN_BYTES
         room = self.limits.max_model_len - input_len
         if room < (asked or 1):
             over = f"{input_len} tokens of prompt and {asked or 1} of answer"
             raise RefusedError(400, f"{over} exceed the maximum context length of {self.limits.max_model_len} tokens")
         answer, output_len, finish = plan(body, crc32(prompt), room if asked is None else asked)
         known = prompt + answer.encode() if isinstance(answer, str) else prompt
-        path = self.tree.path(known) if self.tree else ()
+        path = () if isinstance(self.clock, Paced) else self.tree.path(known)
         request = Request(next(self.keys), input_len, output_len, path)
         if refusal := self.clock.submit(request):
             self.clock.counts["refused"] += 1
@@ -239,22 +207,6 @@ class Api:
         connection.call = request.owner = Generation(connection, request, body, answer, finish)
         if connection.call.stream:
             connection.write(STREAM_HEAD)
-
-
-def plan(body: Body, seed: int, limit: int) -> tuple[Answer, int, str]:
-    """The answer, its tokens and why it ends."""
-    if limit < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {limit}")
-    answer = scripted(body, seed)
-    tokens = sum(1 for _ in parts(answer or ""))
-    if isinstance(answer, str):
-        return answer[: limit * TOKEN_BYTES], min(tokens, limit), "stop" if tokens <= limit else "length"
-    if answer is not None and tokens <= limit:
-        return answer, tokens, "tool_calls"
-    low, high = NATURAL_TOKENS
-    natural = max(body.get("min_tokens") or 0, low + seed % (high - low + 1))
-    tokens = limit if body.get("ignore_eos") else min(limit, natural)
-    return words(tokens, seed), tokens, "length" if tokens == limit else "stop"
 
 
 async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[[str], None]) -> None:
