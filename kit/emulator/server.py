@@ -121,14 +121,14 @@ class Generation:
         self.frame = json.dumps({**self.head, "choices": [choice]}).rsplit("null", 2)
         self.parts, self.opening = parts(answer), self._event({"role": "assistant", "content": ""}) if self.chat else ""
 
-    def _event(self, shown: Any, finish: str | None = None) -> str:
+    def _event(self, shown: Any, finish: str = "null") -> str:
         start, between, end = self.frame
-        return f"data: {start}{json.dumps(shown)}{between}{json.dumps(finish)}{end}\n\n"
+        return f"data: {start}{json.dumps(shown)}{between}{finish}{end}\n\n"
 
     def token(self, last: bool) -> None:
         """Write the token's event, the first one after the role; with the last one all that ends an answer."""
         if self.stream:
-            part, finish = next(self.parts), self.finish if last else None
+            part, finish = next(self.parts), f'"{self.finish}"' if last else "null"
             data = self.opening + self._event(part if self.chat else part.get("content", ""), finish)
             self.opening = ""
             if last:
@@ -140,10 +140,9 @@ class Generation:
             self.connection.done() if self.stream else self.connection.reply(200, self._whole())
 
     def _whole(self) -> Body:
-        said = (
-            {"content": self.answer} if isinstance(self.answer, str) else {"content": None, "tool_calls": self.answer}
-        )
-        shown = {"message": {"role": "assistant", **said}} if self.chat else {"text": self.answer}
+        calls = {"content": None, "tool_calls": self.answer} if isinstance(self.answer, list) else {}
+        message = {"role": "assistant", "content": self.answer, **calls}
+        shown = {"message": message} if self.chat else {"text": self.answer}
         choice = {"index": 0, "logprobs": None, "finish_reason": self.finish, **shown}
         return {**self.head, "choices": [choice], "usage": self._usage()}
 
@@ -179,7 +178,7 @@ class Api:
                 connection.reply(200, reply)
         except RefusedError as refused:
             connection.reply(*refused.args)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             connection.reply(400, f"{type(error).__name__}: {error}")
 
     def _tokenize(self, _: Connection, body: Body) -> Body:
@@ -192,12 +191,11 @@ class Api:
         if body.get("n", 1) != 1:
             raise ValueError("n: one choice per request is emulated")
         prompt, asked = prompt_bytes(body), body.get("max_completion_tokens", body.get("max_tokens"))
-        input_len = len(prompt) // TOKEN_BYTES
-        room = self.limits.max_model_len - input_len
-        if room < (asked or 1):
+        input_len, most = len(prompt) // TOKEN_BYTES, self.limits.max_model_len
+        if input_len + (asked or 1) > most:
             over = f"{input_len} tokens of prompt and {asked or 1} of answer"
-            raise RefusedError(400, f"{over} exceed the maximum context length of {self.limits.max_model_len} tokens")
-        answer, output_len, finish = plan(body, crc32(prompt), room if asked is None else asked)
+            raise RefusedError(400, f"{over} exceed the maximum context length of {most} tokens")
+        answer, output_len, finish = plan(body, crc32(prompt), most - input_len if asked is None else asked)
         known = prompt + answer.encode() if isinstance(answer, str) else prompt
         path = () if isinstance(self.clock, Paced) else self.tree.path(known)
         request = Request(next(self.keys), input_len, output_len, path)
@@ -227,5 +225,3 @@ async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[
     until = time.monotonic() + GRACE_S
     while time.monotonic() < until and any(one.call for one in api.connections):
         await asyncio.sleep(0.02)
-    for connection in list(api.connections):
-        connection.transport.abort()
