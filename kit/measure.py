@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import socket
 import sys
 import tempfile
 import urllib.request
@@ -18,7 +17,7 @@ from kit import loadgen
 from kit.catalog.paths import DATA, load_yaml
 from kit.engine_config import EngineConfig
 from kit.engines.control import Engine, start
-from kit.engines.launch import Launch
+from kit.engines.launch import Launch, free_port
 from kit.errors import UserError
 from kit.loadgen import Level, Options, Target
 
@@ -110,9 +109,7 @@ def host_limits(streams: int) -> list[dict[str, Any]]:
 
 def _emulate(model: str, gpu: str, config: EngineConfig, folder: Path, more: dict[str, Any]) -> Engine:
     """`kit emulate` on a free port; it ends with this process, however that ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     given = {"model": model, "gpu": gpu, "port": port, **asdict(config), **more}
     flags = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value not in (None, False)}
     argv = [sys.executable, "-c", "from kit.cli import main; main()", "emulate"]

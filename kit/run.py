@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from kit.errors import UserError, unknown
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DEFAULT_GPU = "h100-sxm-80gb"
+Walk = tuple[list[dict[str, Any]], Path]  # the rows, and the index's path
+Execute = Callable[[Path, Path, Mapping[str, Any]], dict[str, Any]]
 
 
 def visible_gpu() -> str | None:
@@ -121,10 +123,10 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any], note: str | None = None) -> dict[str, Any]:
     """Run one notebook into its folder; a failing one leaves there what it got to.
 
-    Returns notebook, title, status, duration_s, error, model, decision, parameters and paths.
+    Returns notebook, title, status, duration_s, error, model, decision, parameters, note and paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.json"
@@ -137,7 +139,7 @@ def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict
     first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
     title = "".join(first).splitlines()[0].lstrip("# ")
     seconds = round(time.monotonic() - begun, 1)
-    row: dict[str, Any] = {"notebook": notebook.stem, "title": title, "parameters": parameters}
+    row: dict[str, Any] = {"notebook": notebook.stem, "title": title, "parameters": parameters, "note": note}
     row |= {"status": "failed" if error else "done", "error": error, "duration_s": seconds}
     row |= {"model": written.get("model"), "decision": written.get("decision", [])}
     row |= {"report": str(folder / "report.html"), "results": str(results) if written else None}
@@ -165,8 +167,8 @@ def _papermill(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> s
 
 
 def walkthrough(
-    notebooks: Sequence[Path], root: Path, given: Mapping[str, Any], asked: Mapping[str, str]
-) -> tuple[list[dict[str, Any]], Path]:
+    notebooks: Sequence[Path], root: Path, given: Mapping[str, Any], asked: Mapping[str, str], *, one: Execute = execute
+) -> Walk:
     """Run the notebooks one after the other into root; returns their rows and the index's path.
 
     A user's mistake that only a notebook finds (an unknown model, say) ends the run as UserError.
@@ -181,7 +183,7 @@ def walkthrough(
     for number, path in enumerate(notebooks, start=1):
         sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")
         sys.stderr.flush()
-        row = execute(path, root / path.stem, filled[path.stem])
+        row = one(path, root / path.stem, filled[path.stem])
         rows.append(row)
         index = report.write_index(root, row)
         sys.stderr.write(f"{row['status']}, {row['duration_s']} s\n")

@@ -35,7 +35,8 @@ RANKS = {
     13: ["plots", "accuracy", "article"],
     14: ["notebook", "report"],
     15: ["run"],
-    16: ["cli"],
+    16: ["live"],
+    17: ["cli"],
 }
 # Traces become sessions and a workload may replay a trace: two modules, one unit.
 UNITS = {"traces": "workload"}

@@ -17,6 +17,9 @@ SCENARIO = typer.Option(exists=True, dir_okay=False, resolve_path=True, help="YA
 def command(
     gpu: Annotated[str | None, typer.Option(help="default: this host's, else h100-sxm-80gb")] = None,
     scenario: Annotated[Path | None, SCENARIO] = None,
+    live: Annotated[bool, typer.Option("--live", help="start an engine here, measure it, stop it")] = False,
+    engine: Annotated[str | None, typer.Option(help="vllm or sglang")] = None,
+    engine_command: Annotated[str | None, typer.Option(help="its command, with {port} {model} {flags}")] = None,
     base_url: Annotated[str | None, typer.Option(help="OpenAI-compatible server")] = None,
     notebooks: Annotated[str, typer.Option(help="numbers or names: 00,02")] = "",
     out: Annotated[Path, typer.Option(help="folder of the reports")] = Path("runs"),
@@ -26,8 +29,12 @@ def command(
     """Run the notebooks through papermill and write a report."""
     from kit import run
     from kit.catalog.paths import load_yaml
+    from kit.live import Live
 
-    key = run.choose_gpu(gpu, run.visible_gpu())
+    if (live and base_url) or (engine_command and not live):
+        raise UserError("--live starts an engine, --base-url has one: give one of them; --engine-command needs --live")
+    found = run.visible_gpu()
+    key = run.choose_gpu(gpu, found)
     chosen = run.select([name.strip() for name in notebooks.split(",") if name.strip()])
     asked = _settings(settings or [])
     if scenario is not None:
@@ -35,7 +42,9 @@ def command(
         asked["scenario"] = str(scenario)
     if base_url is not None:
         asked |= {"base_url": run.reachable(base_url), "source": "live"}
-    rows, index = run.walkthrough(chosen, out / key, run.preset(key), asked)
+    asked |= {"engine": engine} if engine else {}
+    walk = run.walkthrough if not live else Live(asked.get("engine", "vllm"), engine_command, bool(found)).walkthrough
+    rows, index = walk(chosen, out / key, run.preset(key), asked)
     shown: dict[str, Any] = {"gpu": key, "index": str(index), "notebooks": rows}
     sys.stdout.write(json.dumps(shown) + "\n" if as_json else f"{index}\n")
     failed = [row for row in rows if row["error"]]

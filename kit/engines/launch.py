@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +105,12 @@ def launch(
         engine, argv, environment, host, port, served_model_name or model, rule["health"], rule["failure_noise"],
         str(fields["name"]) if docker else None, cpu,
     )  # fmt: skip
+
+
+def free_port(wanted: int = 0) -> int:
+    """That TCP port of 127.0.0.1 where it is free, else any that is."""
+    try:
+        with socket.create_server(("127.0.0.1", wanted)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError:
+        return free_port()

@@ -1,0 +1,121 @@
+"""A live run: this host's engine behind the notebooks that measure; what an interrupted one had done is kept."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kit import catalog, run, scenario
+from kit.decision import decide
+from kit.engines import Engine, launch, start
+from kit.engines.launch import ENVIRONMENTS, ROOT, free_port
+from kit.errors import UserError, unknown
+
+# Each with the flag that makes it say in `usage` what of a prompt it found cached.
+ENGINES = {"vllm": "--enable-prompt-tokens-details", "sglang": "--enable-cache-report"}
+MEASURES = "base_url=base_url"  # in a notebook that asks a server
+CPU_MAX_NUM_SEQS = 16
+
+
+class Live:
+    """One live run of an engine; live.json in its folder says what it has done."""
+
+    root: Path
+    state: dict[str, Any]
+
+    def __init__(self, engine: str, command: str | None, on_gpu: bool) -> None:
+        if engine not in ENGINES:
+            raise unknown("--engine", engine, list(ENGINES))
+        if command is None and not (ENVIRONMENTS / engine / ("bin" if on_gpu else "cpu")).exists():
+            raise UserError(
+                f"--live: {engine} for {'a GPU' if on_gpu else 'a CPU'} is not here: make engine ENGINE={engine}"
+            )
+        self.engine, self.command, self.on_gpu = engine, command, on_gpu
+        self.note = None if on_gpu else f"{engine} ran without a GPU: this shows its behaviour, never a speed"
+        self.running: Engine | None = None
+
+    def walkthrough(self, notebooks: Sequence[Path], root: Path, *values: Any) -> run.Walk:
+        """Like run.walkthrough; the engine starts with the first notebook that measures and is stopped at the end."""
+        self.root, asked = root.resolve(), [self.engine, self.command, self.on_gpu]
+        self.state = _read(self.root / "live.json")
+        if self.state.get("over", True) or self.state["asked"] != asked:
+            self.state = {"asked": asked, "begun_unix_s": time.time(), "port": 0, "measured": {}, "done": {}}
+        try:
+            rows, index = run.walkthrough(notebooks, self.root, *values, one=self._execute)
+        finally:
+            if self.running:
+                self.running.stop()
+        self._save(over=not any(row["error"] for row in rows))
+        return rows, index
+
+    def _execute(self, notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a notebook: run now, or finished with these parameters before an interruption."""
+        held: dict[str, Any] = self.state["done"].get(notebook.stem, {"asked": None})
+        results = folder / "results.json"
+        if held["asked"] == parameters and results.exists() and results.stat().st_mtime > self.state["begun_unix_s"]:
+            return dict(held["row"])
+        served = self._serve(notebook, folder / "load", {**run.parameters_of(notebook), **parameters})
+        row = run.execute(notebook, folder, {**parameters, **served}, self.note if served else None)
+        if not row["error"]:
+            self.state["done"][notebook.stem] = {"asked": parameters, "row": row}
+            self._save()
+        return row
+
+    def _serve(self, notebook: Path, load: Path, settings: dict[str, Any]) -> dict[str, str]:
+        """source and base_url for a notebook that measures, with the engine up; nothing for others.
+
+        Levels that another server or other parameters gave are put aside, not taken for this run's.
+        """
+        if MEASURES not in notebook.read_text(encoding="utf-8"):
+            return {}
+        if self.running is None or self.running.process.poll() is not None:
+            self.running = self._start(settings)
+        served = {"source": "live", "base_url": self.running.launch.base_url}
+        if load.exists() and self.state["measured"].get(notebook.stem) != settings | served:
+            load.rename(load.with_name(f"load.until-{time.time_ns()}"))
+        self.state["measured"][notebook.stem] = settings | served
+        self._save()
+        return served
+
+    def _start(self, settings: Mapping[str, Any]) -> Engine:
+        model, flags = self._flags(settings)
+        port = self.state["port"] = free_port(self.state["port"])  # the same one: measured levels name it
+        wanted, log = launch(self.engine, model, flags, port=port, command=self.command), self.root / "engine.log"
+        if log.exists():
+            log.replace(log.with_name(f"engine.until-{time.time_ns()}.log"))
+        sys.stderr.write(f"\n{self.note or 'On this GPU'}\n{self.engine} starts, log in {log} ")
+        engine = start(wanted, log, tell=_dot)
+        sys.stderr.write(f" healthy after {engine.started_s:.0f} s\n")
+        return engine
+
+    def _flags(self, settings: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
+        """The model to serve and its flags: notebook 02's, or its arithmetic; without a GPU small limits."""
+        case, told = scenario.load(settings["scenario"]), {ENGINES[self.engine]: ""}
+        asked = settings["model"] or case.model
+        spec, gpu = catalog.model(asked), catalog.gpu(settings["gpu"])
+        given = {name: settings.get(name) for name in ("quantization", "kv_cache_dtype", "max_num_seqs")}
+        config = case.config(spec, engine=self.engine, gpu_count=case.gpu_count, **given)
+        if not self.on_gpu:
+            limits = {"max_num_seqs": config.max_num_seqs or CPU_MAX_NUM_SEQS, "max_model_len": config.max_model_len}
+            model = asked if self.command else str(ENVIRONMENTS / "tiny-model")
+            return model, {**told, **limits, "enforce_eager": True}
+        held = _read(self.root / "02_size_vram" / "results.json")
+        same = (held.get("model"), held.get("scenario")) == (spec.key, settings["scenario"])
+        sized = held["results"] if same else decide(case, spec, gpu, config, case.demand())
+        hub = asked if "/" in asked else _read(ROOT / "data" / "models" / f"{spec.key}.json").get("id", asked)
+        return hub, {**told, **(sized["recommended"] or sized["asked"])["engine_args"]}
+
+    def _save(self, *, over: bool = False) -> None:
+        part = self.root / "live.json.part"
+        part.write_text(json.dumps({**self.state, "over": over}, indent=1), encoding="utf-8")
+        part.replace(self.root / "live.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _dot(_: str) -> None:
+    sys.stderr.write(".")
