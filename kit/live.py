@@ -4,10 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from kit import catalog, run, scenario
+from kit.catalog.paths import write_json
 from kit.decision import decide
 from kit.engines import Engine, launch, start
 from kit.engines.launch import ENVIRONMENTS, ROOT, free_port
@@ -15,8 +17,7 @@ from kit.errors import UserError, unknown
 
 # Each with the flag that makes it say in `usage` what of a prompt it found cached.
 ENGINES = {"vllm": "--enable-prompt-tokens-details", "sglang": "--enable-cache-report"}
-MEASURES = "base_url=base_url"  # in a notebook that asks a server
-CPU_MAX_NUM_SEQS = 16
+CPU_LIMITS = {"max_num_seqs": 16, "enforce_eager": True}
 
 
 class Live:
@@ -29,9 +30,7 @@ class Live:
         if engine not in ENGINES:
             raise unknown("--engine", engine, list(ENGINES))
         if command is None and not (ENVIRONMENTS / engine / ("bin" if on_gpu else "cpu")).exists():
-            raise UserError(
-                f"--live: {engine} for {'a GPU' if on_gpu else 'a CPU'} is not here: make engine ENGINE={engine}"
-            )
+            raise UserError(f"--live: no {engine} ({'GPU' if on_gpu else 'CPU'}) here: make engine ENGINE={engine}")
         self.engine, self.command, self.on_gpu = engine, command, on_gpu
         self.note = None if on_gpu else f"{engine} ran without a GPU: this shows its behaviour, never a speed"
         self.running: Engine | None = None
@@ -41,20 +40,16 @@ class Live:
         self.root, asked = root.resolve(), [self.engine, self.command, self.on_gpu]
         self.state = _read(self.root / "live.json")
         if self.state.get("over", True) or self.state["asked"] != asked:
-            self.state = {"asked": asked, "begun_unix_s": time.time(), "port": 0, "measured": {}, "done": {}}
-        try:
+            self.state = {"asked": asked, "port": 0, "measured": {}, "done": {}}
+        with ExitStack() as self.stack:
             rows, index = run.walkthrough(notebooks, self.root, *values, one=self._execute)
-        finally:
-            if self.running:
-                self.running.stop()
         self._save(over=not any(row["error"] for row in rows))
         return rows, index
 
     def _execute(self, notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a notebook: run now, or finished with these parameters before an interruption."""
-        held: dict[str, Any] = self.state["done"].get(notebook.stem, {"asked": None})
-        results = folder / "results.json"
-        if held["asked"] == parameters and results.exists() and results.stat().st_mtime > self.state["begun_unix_s"]:
+        held = self.state["done"].get(notebook.stem, {"asked": None})
+        if held["asked"] == parameters and (folder / "results.json").exists():
             return dict(held["row"])
         served = self._serve(notebook, folder / "load", {**run.parameters_of(notebook), **parameters})
         row = run.execute(notebook, folder, {**parameters, **served}, self.note if served else None)
@@ -68,10 +63,10 @@ class Live:
 
         Levels that another server or other parameters gave are put aside, not taken for this run's.
         """
-        if MEASURES not in notebook.read_text(encoding="utf-8"):
+        if "base_url=base_url" not in notebook.read_text(encoding="utf-8"):
             return {}
         if self.running is None or self.running.process.poll() is not None:
-            self.running = self._start(settings)
+            self.running = self.stack.enter_context(self._start(settings))
         served = {"source": "live", "base_url": self.running.launch.base_url}
         if load.exists() and self.state["measured"].get(notebook.stem) != settings | served:
             load.rename(load.with_name(f"load.until-{time.time_ns()}"))
@@ -86,7 +81,7 @@ class Live:
         if log.exists():
             log.replace(log.with_name(f"engine.until-{time.time_ns()}.log"))
         sys.stderr.write(f"\n{self.note or 'On this GPU'}\n{self.engine} starts, log in {log} ")
-        engine = start(wanted, log, tell=_dot)
+        engine = start(wanted, log, tell=lambda line: sys.stderr.write("."))
         sys.stderr.write(f" healthy after {engine.started_s:.0f} s\n")
         return engine
 
@@ -98,9 +93,9 @@ class Live:
         given = {name: settings.get(name) for name in ("quantization", "kv_cache_dtype", "max_num_seqs")}
         config = case.config(spec, engine=self.engine, gpu_count=case.gpu_count, **given)
         if not self.on_gpu:
-            limits = {"max_num_seqs": config.max_num_seqs or CPU_MAX_NUM_SEQS, "max_model_len": config.max_model_len}
+            limits = {name: getattr(config, name) or value for name, value in CPU_LIMITS.items()}
             model = asked if self.command else str(ENVIRONMENTS / "tiny-model")
-            return model, {**told, **limits, "enforce_eager": True}
+            return model, {**told, **limits, "max_model_len": config.max_model_len}
         held = _read(self.root / "02_size_vram" / "results.json")
         same = (held.get("model"), held.get("scenario")) == (spec.key, settings["scenario"])
         sized = held["results"] if same else decide(case, spec, gpu, config, case.demand())
@@ -108,14 +103,8 @@ class Live:
         return hub, {**told, **(sized["recommended"] or sized["asked"])["engine_args"]}
 
     def _save(self, *, over: bool = False) -> None:
-        part = self.root / "live.json.part"
-        part.write_text(json.dumps({**self.state, "over": over}, indent=1), encoding="utf-8")
-        part.replace(self.root / "live.json")
+        write_json(self.root / "live.json", {**self.state, "over": over})
 
 
 def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
-
-
-def _dot(_: str) -> None:
-    sys.stderr.write(".")

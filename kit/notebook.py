@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kit import __version__, catalog
-from kit.catalog.paths import DATA, load_yaml
+from kit.catalog.paths import DATA, load_yaml, write_json
 from kit.errors import unknown
 
 SOURCES = ("emulator", "live", "recorded")
@@ -54,11 +54,7 @@ class Run:
         record: dict[str, Any] = {"notebook": self.notebook, **self._identity(), "source": self.source}
         record |= {"created_utc": datetime.now(UTC).isoformat(timespec="seconds"), "kit_version": __version__}
         record |= {"decision": list(decision), "results": dict(results)}
-        text = json.dumps(record, indent=2, default=_plain, allow_nan=False)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = self.output_dir / "results.json.part"
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(self.output_dir / "results.json")
+        write_json(self.output_dir / "results.json", record, default=_plain, allow_nan=False)
 
     def _identity(self) -> dict[str, str]:
         return {"gpu": self.gpu.key, "model": self.model.key, "scenario": self.scenario}

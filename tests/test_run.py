@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kit import cli, notebook, report, run
+from kit import cli, live, notebook, report, run
 from kit.errors import UserError
 
 PARAMETERS = """gpu: str = "h100-sxm-80gb"  # key
@@ -328,3 +329,107 @@ def test_reports_honour_tags(tmp_path):
     assert shown == {"remove-cell": False, "exercise": False, "hide-input": True}
     assert len(re.findall("<details", page)) == 1  # plain alone is folded; lesson stands open
     assert page.count('<div class="shown">') == 1
+
+
+SERVER = """import http.server, sys
+class Page(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "tiny"}]}')
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Page).serve_forever()
+"""
+LIVE = (
+    PARAMETERS
+    + """
+scenario: str = "customer-service"  # key
+engine: str = "vllm"  # or sglang
+source: str = "emulator"  # or live
+base_url: str = ""  # live only"""
+)
+ASK = """import urllib.request
+from kit import notebook
+run = notebook.begin("{}", gpu=gpu, model=model, source=source, output_dir=output_dir)
+def get(base_url): return urllib.request.urlopen(base_url + "/v1/models").status
+run.finish({{"status": get(base_url=base_url)}}, [base_url])"""
+
+
+@pytest.fixture
+def live_folder(tmp_path, monkeypatch):
+    """Two notebooks that ask the server, the second only where the file `go` is; a stand-in for an engine."""
+    book = tmp_path / "notebooks"
+    book.mkdir()
+    write_notebook(book, "00_first", ASK.format("00_first"), parameters=LIVE)
+    wait = f"assert __import__('pathlib').Path({str(tmp_path / 'go')!r}).exists(), 'not yet'"
+    write_notebook(book, "01_second", wait, ASK.format("01_second"), parameters=LIVE)
+    monkeypatch.setattr(run, "NOTEBOOKS", book)
+    (tmp_path / "server.py").write_text(SERVER)
+    return tmp_path
+
+
+def live_run(folder: Path, *more: str, monkeypatch, capsys) -> tuple[int, dict, str]:
+    command = f"{sys.executable} {folder / 'server.py'} {{port}} {{flags}}"
+    arguments = ["--live", "--engine-command", command, "--out", str(folder / "runs"), "--json", *more]
+    code = 0
+    try:
+        kit(*arguments, monkeypatch=monkeypatch)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+def test_a_live_run_goes_on_where_it_was_stopped(live_folder, monkeypatch, capsys):
+    tools = {"monkeypatch": monkeypatch, "capsys": capsys}
+    code, first, err = live_run(live_folder, **tools)
+    assert (code, [row["status"] for row in first["notebooks"]]) == (1, ["done", "failed"])
+    assert "without a GPU: this shows its behaviour, never a speed" in err
+    root = live_folder / "runs" / "h100-sxm-80gb"
+    written = (root / "00_first" / "results.json").stat().st_mtime_ns
+    assert json.loads((root / "00_first" / "results.json").read_text())["source"] == "live"
+    assert "behaviour, never a speed" in (root / "index.html").read_text()
+    assert "behaviour, never a speed" in (root / "00_first" / "report.html").read_text()
+    (live_folder / "go").touch()
+    (root / "01_second" / "load").mkdir()
+    (root / "01_second" / "load" / "kept").touch()
+    code, second, _ = live_run(live_folder, **tools)
+    assert (code, [row["status"] for row in second["notebooks"]]) == (0, ["done", "done"])
+    assert (root / "00_first" / "results.json").stat().st_mtime_ns == written  # kept
+    assert second["notebooks"][0] == first["notebooks"][0]
+    address = second["notebooks"][1]["parameters"]["base_url"]
+    assert address == first["notebooks"][1]["parameters"]["base_url"]  # measured levels name the server
+    assert (root / "01_second" / "load" / "kept").exists()
+    with pytest.raises(UserError, match="cannot be reached"):  # it was stopped
+        run.reachable(address)
+    live_run(live_folder, "--notebooks", "01", **tools)  # that run was over: this one starts anew
+    assert not (root / "01_second" / "load").exists()
+    assert len(list((root / "01_second").glob("load.until-*/kept"))) == 1
+    assert len(list(root.glob("engine.until-*.log"))) == 2
+
+
+def test_other_parameters_run_again(live_folder, monkeypatch, capsys):
+    tools = {"monkeypatch": monkeypatch, "capsys": capsys}
+    live_run(live_folder, **tools)
+    _, second, _ = live_run(live_folder, "--set", "levels=9", **tools)
+    assert second["notebooks"][0]["parameters"]["levels"] == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--live", "--engine", "vlm"], "unknown --engine 'vlm'"),
+        (["--live", "--base-url", "http://127.0.0.1:9"], "give one of them"),
+        (["--engine-command", "serve {flags}"], "--engine-command needs --live"),
+        (["--live", "--engine", "sglang"], "make engine ENGINE=sglang"),
+        (["--live", "--engine-command", "no-such-program {flags}"], "no program 'no-such-program'"),
+        (["--live", "--engine-command", "serve {flag}"], "'serve {flag}'"),
+    ],
+)
+def test_a_live_run_refuses_in_one_line(arguments, told, live_folder, monkeypatch, capsys):
+    monkeypatch.setattr(live, "ENVIRONMENTS", live_folder / "none")
+    with pytest.raises(SystemExit) as stop:
+        kit(*arguments, "--out", str(live_folder / "runs"), monkeypatch=monkeypatch)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert told in err.splitlines()[-1]
+    assert out == ""

@@ -1,5 +1,6 @@
 """Where the project's data lies, independent of the caller's folder."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,11 @@ def load_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML") from None
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Write a file whole or not at all, its folder too; `options` of json.dumps."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(value, indent=1, **options) + "\n", encoding="utf-8")
+    beside.replace(path)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit.engine_config import engine_data
-from kit.engines.launch import Launch
+from kit.engines.launch import Launch, free_port
 from kit.errors import UserError
 from kit.memory.startlog import read_log
 from kit.telemetry import ServerMetrics, read_page
@@ -98,7 +97,11 @@ class Engine:
 
 
 def start(
-    launch: Launch, log: Path, *, deadline_s: float = START_DEADLINE_S, tell: Callable[[str], None] = lambda line: None
+    launch: Launch,
+    log: Path,
+    *,
+    deadline_s: float = START_DEADLINE_S,
+    tell: Callable[[str], object] = lambda line: None,
 ) -> Engine:
     """Start an engine and wait until it serves; its log grows in `log`, progress goes to `tell`.
 
@@ -130,12 +133,11 @@ def start(
 def _check(launch: Launch) -> None:
     if shutil.which(launch.argv[0]) is None:
         raise EngineFailed(f"{launch.engine}: no program {launch.argv[0]!r}")
-    with socket.socket() as probe:
-        if probe.connect_ex((launch.host, launch.port)) == 0:
-            raise EngineFailed(f"{launch.engine}: something serves {launch.host}:{launch.port} already")
+    if free_port(launch.port) != launch.port:
+        raise EngineFailed(f"{launch.engine}: something serves {launch.host}:{launch.port} already")
 
 
-def _await_health(engine: Engine, until: float, tell: Callable[[str], None]) -> None:
+def _await_health(engine: Engine, until: float, tell: Callable[[str], object]) -> None:
     launch, told = engine.launch, ""
     while not _healthy(launch.base_url + launch.health):
         last = _last_line(engine.log)

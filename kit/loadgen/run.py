@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from kit.catalog.paths import write_json
 from kit.errors import UserError
 from kit.loadgen.plan import STREAMS_PER_WORKER, Level, Target
 from kit.loadgen.probe import calibrate
@@ -62,7 +63,7 @@ def measure(
         summary = _run_level(target, level, prompts, options, _fresh_records(folder) if folder else None)
         summary["warnings"] = warnings + summary["warnings"]
         if done:
-            _write_json(done, summary)
+            write_json(done, summary)
         summaries.append(summary)
     return summaries
 
@@ -76,16 +77,9 @@ def _claim(out: Path, config: dict[str, Any]) -> None:
         if differs:
             raise UserError(f"--out {out} holds a run with another {', '.join(differs)}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_json(held, config)
+        write_json(held, config)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 def _fresh_records(folder: Path) -> Path:

@@ -218,6 +218,55 @@ def test_a_killed_caller_leaves_no_engine_behind(name: str, tmp_path: Path):
     assert members(group) == []
 
 
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_a_killed_live_run_leaves_nothing_behind_and_resumes(name: str, tmp_path: Path):
+    plan(name)  # or skip
+    kit = str(Path(sys.executable).with_name("kit"))
+    call = [kit, "run", "--live", "--engine", name, "--notebooks", "02,04", "--out", str(tmp_path), "--json"]
+    for setting in ("concurrency=1,4", "burst=20", "sessions=2", "requests_per_stream=1"):
+        call += ["--set", setting]
+    with (tmp_path / "first.log").open("w") as progress:
+        first = subprocess.Popen(call, stdout=progress, stderr=progress)
+    until = time.monotonic() + 300
+    while not (done := list(tmp_path.glob("*/04_load_test/load/concurrency-1/summary.json"))):
+        assert first.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    begun = offspring(first.pid)
+    assert len(begun) >= 4  # the engine and its guard, a notebook's kernel, and what they started
+    first.kill()
+    first.wait()
+    until = time.monotonic() + 40
+    while (left := begun & living()) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert left == set()
+    measured = done[0].stat().st_mtime_ns
+    second = subprocess.run(call, capture_output=True, text=True, timeout=400, check=False)
+    assert second.returncode == 0, second.stderr
+    rows = {row["notebook"]: row for row in json.loads(second.stdout)["notebooks"]}
+    assert done[0].stat().st_mtime_ns == measured  # the level is not measured again
+    assert not list(tmp_path.glob("*/02_size_vram/results.previous.json"))  # nor is 02 run again
+    results = json.loads(Path(rows["04_load_test"]["results"]).read_text())
+    assert results["source"] == "live"
+    assert "never a speed" in rows["04_load_test"]["note"]
+    with socket.socket() as probe:  # stopped
+        port = int(rows["04_load_test"]["parameters"]["base_url"].rpartition(":")[2])
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def offspring(pid: int) -> set[tuple[int, str]]:
+    """A process's children and theirs, each with the time of its start, which tells it from a later one."""
+    parents = {int(folder.name): (int(fields[1]), fields[19]) for folder, fields in stats()}
+    found = {pid}
+    while more := {child for child, (parent, _) in parents.items() if parent in found} - found:
+        found |= more
+    return {(one, parents[one][1]) for one in found - {pid}}
+
+
+def living() -> set[tuple[int, str]]:
+    return {(int(folder.name), fields[19]) for folder, fields in stats() if fields[0] != "Z"}
+
+
 def stats() -> Iterator[tuple[Path, list[str]]]:
     """Every process of this machine with the fields after its name: state, parent, group .."""
     for folder in Path("/proc").glob("[0-9]*"):
