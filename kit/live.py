@@ -23,13 +23,11 @@ CPU_LIMITS = {"max_num_seqs": 16, "enforce_eager": True}
 class Live:
     """One live run of an engine; live.json in its folder says what it has done."""
 
-    root: Path
-    state: dict[str, Any]
-
     def __init__(self, engine: str, command: str | None, on_gpu: bool) -> None:
         if engine not in ENGINES:
             raise unknown("--engine", engine, list(ENGINES))
-        if command is None and not (ENVIRONMENTS / engine / ("bin" if on_gpu else "cpu")).exists():
+        folder = ENVIRONMENTS / engine
+        if command is None and not ((folder / "bin").is_dir() and (folder / "cpu").exists() != on_gpu):
             raise UserError(f"--live: no {engine} ({'GPU' if on_gpu else 'CPU'}) here: make engine ENGINE={engine}")
         self.engine, self.command, self.on_gpu = engine, command, on_gpu
         self.note = None if on_gpu else f"{engine} ran without a GPU: this shows its behaviour, never a speed"
@@ -40,7 +38,7 @@ class Live:
         self.root, asked = root.resolve(), [self.engine, self.command, self.on_gpu]
         self.state = _read(self.root / "live.json")
         if self.state.get("over", True) or self.state["asked"] != asked:
-            self.state = {"asked": asked, "port": 0, "measured": {}, "done": {}}
+            self.state = {"asked": asked, "port": 0, "over": False}
         with ExitStack() as self.stack:
             rows, index = run.walkthrough(notebooks, self.root, *values, one=self._execute)
         self._save(over=not any(row["error"] for row in rows))
@@ -48,14 +46,13 @@ class Live:
 
     def _execute(self, notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a notebook: run now, or finished with these parameters before an interruption."""
-        held = self.state["done"].get(notebook.stem, {"asked": None})
+        held = self.state.get(f"done {notebook.stem}", {"asked": None})
         if held["asked"] == parameters and (folder / "results.json").exists():
             return dict(held["row"])
         served = self._serve(notebook, folder / "load", {**run.parameters_of(notebook), **parameters})
         row = run.execute(notebook, folder, {**parameters, **served}, self.note if served else None)
         if not row["error"]:
-            self.state["done"][notebook.stem] = {"asked": parameters, "row": row}
-            self._save()
+            self._save(**{f"done {notebook.stem}": {"asked": parameters, "row": row}})
         return row
 
     def _serve(self, notebook: Path, load: Path, settings: dict[str, Any]) -> dict[str, str]:
@@ -68,10 +65,9 @@ class Live:
         if self.running is None or self.running.process.poll() is not None:
             self.running = self.stack.enter_context(self._start(settings))
         served = {"source": "live", "base_url": self.running.launch.base_url}
-        if load.exists() and self.state["measured"].get(notebook.stem) != settings | served:
+        if load.exists() and self.state.get(f"measured {notebook.stem}") != settings | served:
             load.rename(load.with_name(f"load.until-{time.time_ns()}"))
-        self.state["measured"][notebook.stem] = settings | served
-        self._save()
+        self._save(**{f"measured {notebook.stem}": settings | served})
         return served
 
     def _start(self, settings: Mapping[str, Any]) -> Engine:
@@ -102,8 +98,9 @@ class Live:
         hub = asked if "/" in asked else _read(ROOT / "data" / "models" / f"{spec.key}.json").get("id", asked)
         return hub, {**told, **(sized["recommended"] or sized["asked"])["engine_args"]}
 
-    def _save(self, *, over: bool = False) -> None:
-        write_json(self.root / "live.json", {**self.state, "over": over})
+    def _save(self, **news: Any) -> None:
+        self.state |= news
+        write_json(self.root / "live.json", self.state)
 
 
 def _read(file: Path) -> dict[str, Any]:
