@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from kit import catalog, report
-from kit.catalog.paths import load_yaml
+from kit.catalog.paths import load_yaml, write_json
 from kit.errors import UserError, unknown
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -136,6 +136,8 @@ def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any], note: s
     begun = time.monotonic()
     error = _papermill(notebook, folder / "notebook.ipynb", parameters)
     written = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    if note and written:  # its readers must not take a CPU's seconds for that GPU's
+        write_json(results, {**written, "note": note})
     first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
     title = "".join(first).splitlines()[0].lstrip("# ")
     seconds = round(time.monotonic() - begun, 1)

@@ -386,7 +386,9 @@ def test_a_live_run_goes_on_where_it_was_stopped(live_folder, monkeypatch, capsy
     assert "without a GPU: this shows its behaviour, never a speed" in err
     root = live_folder / "runs" / "h100-sxm-80gb"
     written = (root / "00_first" / "results.json").stat().st_mtime_ns
-    assert json.loads((root / "00_first" / "results.json").read_text())["source"] == "live"
+    results = json.loads((root / "00_first" / "results.json").read_text())
+    assert results["source"] == "live"
+    assert "never a speed" in results["note"]
     assert "behaviour, never a speed" in (root / "index.html").read_text()
     assert "behaviour, never a speed" in (root / "00_first" / "report.html").read_text()
     (live_folder / "go").touch()
