@@ -1,6 +1,6 @@
 """Runs a SGLang module on a CPU: `launch.py MODULE ARGS...`, with site/ beside this file on PYTHONPATH.
 
-The only torchvision that PyPI has for this torch is a CUDA build. Its extension does not load beside a
+The only torchvision that the package index has for this torch is a CUDA build. Its extension does not load beside a
 CPU torch, and torchvision then stops at two operators that nobody declared; declared here, they are
 never called by text serving. Worker processes import this file anew, so they find them too.
 
