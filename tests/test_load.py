@@ -17,7 +17,7 @@ import pytest
 from sse_server import HEAD, chunk, event, paced, serving, status, token, usage
 
 from kit.errors import UserError
-from kit.loadgen import Options, Target, fixed_sessions, level, measure
+from kit.loadgen import Level, Options, Target, fixed_sessions, level, measure
 from kit.loadgen.prompts import Conversation, PromptModel
 from kit.loadgen.selfcheck import OwnLag, verdict
 from kit.loadgen.summary import attainment
@@ -89,6 +89,18 @@ def test_closed_loop_by_duration_repeats_with_new_texts() -> None:
     assert got["completed"] > 4
     texts = [request["messages"][0]["content"] for request in server.requests]
     assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_closed_loop_ends_after_so_many_turns(workers: int, tmp_path: Path) -> None:
+    one = Level("c", [Session(key, 0.0, [Turn(20, 2)] * 3) for key in range(40)], "concurrency", 4, slots=4, turns=17)
+    with serving(paced(0.02, 0.005)) as server:
+        (got,) = measure(Target(server.base_url, "m"), [one], Options(workers=workers), tmp_path)
+    assert got["peak_in_flight"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert 17 <= len(rows) <= 20  # those that ended as the last one was sent
+    assert len(rows) == len({(row["session"], row["turn"]) for row in rows})
+    assert {row["turn"] for row in rows} == {0, 1, 2}
 
 
 def test_rate_sends_every_request_of_the_drawn_schedule(tmp_path: Path) -> None:

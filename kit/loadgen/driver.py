@@ -42,6 +42,7 @@ class Driver:
         self.tasks: set[asyncio.Task[None]] = set()
         self.timer: asyncio.TimerHandle | None = None
         self.stop_at = float("inf")
+        self.sent = 0
         self.refused = False
         self.over = asyncio.Event()
         self.sessions = laps(level.sessions) if level.repeat else iter(level.sessions)
@@ -124,6 +125,9 @@ class Driver:
 
     def _send(self, connection: Connection, call: Call) -> None:
         self.in_flight[call] = connection
+        self.sent += 1
+        if self.sent == self.level.turns:
+            self.stop_at = monotonic()
         connection.send(call)
 
     def _send_on_new(self, call: Call) -> None:

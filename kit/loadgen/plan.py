@@ -75,6 +75,7 @@ class Level:
     slots: int | None = None
     max_concurrency: int | None = None  # open loop: wait in the client beyond this many
     duration_s: float | None = None  # start no session and no turn after this
+    turns: int | None = None  # nor once so many were sent
     repeat: bool = False  # closed loop by duration: begin the list again when it is used up
     send_gap_s: float = SEND_GAP_S  # of one worker
 
@@ -97,7 +98,8 @@ class Level:
         return [
             replace(
                 self, sessions=self.sessions[index::workers], slots=share(self.slots, index),
-                max_concurrency=share(self.max_concurrency, index), send_gap_s=self.send_gap_s * workers,
+                max_concurrency=share(self.max_concurrency, index), turns=share(self.turns, index),
+                send_gap_s=self.send_gap_s * workers,
             )
             for index in range(workers)
         ]  # fmt: skip
