@@ -17,13 +17,15 @@ CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 FIND_PYTHON = for p in $(CANDIDATES); do "$$p" -c "$(USABLE)" >/dev/null 2>&1 && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-engines engine lint notebooks lab lock lock-engines clean
+.PHONY: help setup run test test-engines engine agents test-agents lint notebooks lab lock lock-engines lock-agents clean
 
 help:
 	@echo "make run        the walkthrough for one GPU (GPU=h200-sxm-141gb, SCENARIO=file.yaml, NOTEBOOKS=00,02)"
 	@echo "make test       lint, unit tests, doctests, notebooks"
 	@echo "make engine     a real engine in .engines (ENGINE=vllm or sglang): CUDA with an NVIDIA GPU, else CPU"
 	@echo "make test-engines  the tests that start those engines"
+	@echo "make agents     LangGraph, CrewAI and AutoGen in .venv-agents"
+	@echo "make test-agents  the tests that run agents of the three"
 	@echo "make setup      .venv with the kit command and the notebooks"
 	@echo "make lint       ruff, mypy, size of kit/"
 	@echo "make notebooks  build notebooks/*.ipynb from notebooks/src/*.py"
@@ -73,6 +75,19 @@ engine:
 test-engines: $(VENV)/.dev
 	@$(BIN)/python -m pytest -m engine -rs --durations=0 tests/engines
 
+# The frameworks of notebook 10 in an environment of their own: what they pull in is theirs.
+AGENTS := .venv-agents
+$(AGENTS)/.agents: requirements/agents.lock
+	@echo "Installing requirements/agents.lock into $(AGENTS)" >&2
+	@"$$($(FIND_PYTHON))" -m venv $(AGENTS)
+	@$(AGENTS)/bin/python -m pip install --quiet --require-hashes -r requirements/agents.lock
+	@touch $@
+
+agents: $(AGENTS)/.agents
+
+test-agents: $(VENV)/.dev
+	@$(BIN)/python -m pytest -m agents -rs --durations=0 tests/agents
+
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -104,6 +119,11 @@ lock-engines: $(VENV)/.dev
 	    --no-annotate --no-emit-index-url --no-config || exit 1; \
 	  extra=; \
 	done; done
+
+lock-agents: $(VENV)/.dev
+	UV_CUSTOM_COMPILE_COMMAND="make lock-agents" $(BIN)/uv pip compile requirements/agents.in \
+	  -o requirements/agents.lock --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	  --no-annotate --no-emit-index-url --no-config
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
