@@ -60,12 +60,15 @@ class Ask:
             yield Session(key, at_s, turns, shared_prefix_tokens=shared)
 
 
-def predict(model: ModelSpec, gpu: GpuSpec, config: EngineConfig, ask: Ask) -> dict[str, Any]:
-    """Every answer of `kit predict --json`."""
+def predict(
+    model: ModelSpec, gpu: GpuSpec, config: EngineConfig, ask: Ask, basis: Fitted | None = None
+) -> dict[str, Any]:
+    """Every answer of `kit predict --json`; `basis` of a calibration, with its intervals."""
     ask.check()
     resolved = resolve(config, model, gpu)
-    basis, steps = fitted(model, gpu, resolved), step_time(model, gpu, resolved)
-    limits, _, _ = replica(model, gpu, config)
+    basis = basis or fitted(model, gpu, resolved)
+    limits, _, _ = replica(model, gpu, config, basis)
+    steps = step_time(model, gpu, resolved, basis)
     longest = min(limits.max_model_len, limits.kv_blocks * limits.block_size)
     if ask.input_tokens + ask.output_tokens > longest:
         limit = "max_model_len" if longest == limits.max_model_len else "KV cache"

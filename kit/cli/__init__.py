@@ -13,6 +13,7 @@ COMMANDS = {
     "fleet": "what traffic costs under spot, reserved, burst and other policies",
     "emulate": "the engine in real time behind an OpenAI-compatible server, without a GPU",
     "load": "load-test an OpenAI-compatible server",
+    "calibrate": "ten minutes of probes of a live server, for predict and simulate",
     "run": "the notebooks through papermill into a report",
 }
 

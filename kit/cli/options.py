@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ MaxNumBatchedTokens = Annotated[int | None, typer.Option("--max-num-batched-toke
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager")]
 SloTtft = Annotated[float | None, typer.Option("--slo-ttft-s", help="time to first token limit, seconds")]
 SloTpot = Annotated[float | None, typer.Option("--slo-tpot-s", help="time per output token limit, seconds")]
+Calibration = Annotated[Path | None, typer.Option("--calibration", help="file of kit calibrate")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else there")]
 
 ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {

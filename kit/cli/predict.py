@@ -23,6 +23,7 @@ def command(
     concurrency: Annotated[int | None, typer.Option(help="streams that always have one request open")] = None,
     request_rate: Annotated[float | None, typer.Option(help="requests a second, at random times")] = None,
     prefix_hit_fraction: Annotated[float, typer.Option(help="share of the prompt that is cached")] = 0.0,
+    calibration: options.Calibration = None,
     slo_ttft_s: options.SloTtft = None,
     slo_tpot_s: options.SloTpot = None,
     json_output: options.Json = False,
@@ -32,7 +33,12 @@ def command(
     from kit.predict import Ask, predict
 
     ask = Ask(input_tokens, output_tokens, concurrency, request_rate, prefix_hit_fraction, slo_ttft_s, slo_tpot_s)
-    result = predict(catalog.model(model), catalog.gpu(gpu), config, ask)
+    spec, card, basis = catalog.model(model), catalog.gpu(gpu), None
+    if calibration is not None:
+        from kit.calibrate import load
+
+        config, basis = load(calibration).apply(spec, card, config)
+    result = predict(spec, card, config, ask, basis)
     sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
 
 

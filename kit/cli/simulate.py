@@ -40,6 +40,7 @@ def command(
     drop_kv: Annotated[bool, typer.Option("--drop-kv", help="pauses lose a session's KV")] = False,
     warm: Annotated[bool, typer.Option("--warm", help="shared prefixes are cached already")] = False,
     ready_after: Annotated[float, typer.Option(help="seconds until cold replicas serve")] = 0.0,
+    calibration: options.Calibration = None,
     slo_ttft_s: options.SloTtft = None,
     slo_tpot_s: options.SloTpot = None,
     json_output: options.Json = False,
@@ -51,7 +52,12 @@ def command(
            ready_after=(ready_after, -1), slo_ttft_s=(slo_ttft_s, 0), slo_tpot_s=(slo_tpot_s, 0))  # fmt: skip
     source = _source(workload, trace, trace_format)
     load = simulator.Load(source, sessions, duration, burst, seed)
-    limits, step_time, warnings = simulator.replica(catalog.model(model), catalog.gpu(gpu), config)
+    spec, card, basis = catalog.model(model), catalog.gpu(gpu), None
+    if calibration is not None:
+        from kit import calibrate
+
+        config, basis = calibrate.load(calibration).apply(spec, card, config)
+    limits, step_time, warnings = simulator.replica(spec, card, config, basis)
     cluster = simulator.SimulationConfig(limits, replicas, routing, not drop_kv, warm, ready_after, duration)
     preset = getattr(source, "slo", None)
     ttft_s, tpot_s = slo_ttft_s or getattr(preset, "ttft_s", None), slo_tpot_s or getattr(preset, "tpot_s", None)

@@ -16,7 +16,7 @@ from kit.memory import plan
 from kit.scheduler import SchedulerConfig, StepTime, scheduler_config
 from kit.simulator.answers import answers, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
-from kit.steptime import fitted, step_time
+from kit.steptime import Fitted, fitted, step_time
 from kit.traces import Trace
 from kit.workload import Session, Workload, generate
 from kit.workload.arrivals import Burst
@@ -83,15 +83,17 @@ class Load:
         return list(islice(self.source.sessions(repeat(0.0)), count))
 
 
-def replica(model: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> tuple[SchedulerConfig, StepTime, list[str]]:
-    """Scheduler limits, step time and warnings of one replica."""
+def replica(
+    model: ModelSpec, gpu: GpuSpec, config: EngineConfig, basis: Fitted | None = None
+) -> tuple[SchedulerConfig, StepTime, list[str]]:
+    """Scheduler limits, step time and warnings of one replica; `basis` of a calibration."""
     resolved = resolve(config, model, gpu)
-    tokens = plan(model, gpu, resolved).kv_cache_tokens()
+    basis = basis or fitted(model, gpu, resolved)
+    tokens = int(plan(model, gpu, resolved).kv_cache_tokens() * basis.kv_cache_factor)
     if tokens < resolved.block_size:
         cards = f"{resolved.gpu_count} x {gpu.key}"
         raise UserError(f"{model.key} leaves no room for a KV cache on {cards}: see kit size for what would fit")
-    warnings = list(fitted(model, gpu, resolved).warnings)
-    return scheduler_config(resolved, tokens), step_time(model, gpu, resolved), warnings
+    return scheduler_config(resolved, tokens), step_time(model, gpu, resolved, basis), list(basis.warnings)
 
 
 def study(

@@ -9,6 +9,6 @@ from kit.steptime.work import Work, work
 __all__ = ["Fitted", "StepTime", "Work", "fitted", "step_time", "work"]
 
 
-def step_time(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> StepTime:
-    """Step times of one replica with the coefficients of data/coefficients."""
-    return StepTime(work(model, gpu, config), fitted(model, gpu, config).coefficients)
+def step_time(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig, basis: Fitted | None = None) -> StepTime:
+    """Step times of one replica with the coefficients of data/coefficients, or of a calibration."""
+    return StepTime(work(model, gpu, config), (basis or fitted(model, gpu, config)).coefficients)

@@ -24,11 +24,12 @@ class Fitted:
     """Coefficients for one case, and the factors that hold 90 % of the errors of such cases."""
 
     coefficients: Mapping[str, float]
-    basis: str  # measured, or a key of WARNINGS
+    basis: str  # measured, a key of WARNINGS, or calibrated
     ttft_factor: float
     tpot_factor: float
     length_spread: float  # half width of the lengths in the benchmarks behind the era, as a fraction
     warnings: tuple[str, ...]
+    kv_cache_factor: float = 1.0  # of a calibration: the pool that its server had over the predicted one
 
 
 def fitted(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> Fitted:

@@ -78,7 +78,8 @@ class StepTime:
             new += tokens
             pairs += tokens * (before + (tokens + 1) / 2)
             reads += before
-        return self.seconds(new, pairs, reads, decodes, context)
+        chunk_s = self.coefficients.get("chunk", 0.0)  # of each prompt in the step; only a calibration tells it
+        return self.seconds(new, pairs, reads, decodes, context) + chunk_s * len(chunks)
 
     def seconds(self, new: float, pairs: float, reads: float, decodes: float, context: float) -> float:
         """The same from sums over the chunks: tokens, query-key pairs, cached tokens before them."""

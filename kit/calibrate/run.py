@@ -1,0 +1,132 @@
+"""From probes to a calibration: what was measured is kept as it comes, and a second start goes on from there."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kit.calibrate.file import Calibration
+from kit.calibrate.fit import Fit, factor_90, play, table
+from kit.calibrate.probes import Measured, plan
+from kit.calibrate.server import Server
+from kit.catalog import GpuSpec, ModelSpec
+from kit.engine_config import EngineConfig, resolve
+from kit.errors import UserError
+from kit.scheduler import SchedulerConfig
+from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig, replica
+from kit.steptime import StepTime, fitted, work
+from kit.workload import Session, Turn
+
+BUDGET_S = 600.0
+SATURATED = 1.1  # a rung that gives less than this many times the tokens of the one before is the last
+Log = Callable[[str], object]
+
+
+def calibrate(
+    model: ModelSpec, gpu: GpuSpec, config: EngineConfig, server: Server, *, out: Path | None = None,
+    budget_s: float = BUDGET_S, on_cpu: bool = False, log: Log = sys.stderr.write,
+) -> Calibration:  # fmt: skip
+    """Probe the server for about `budget_s` of its time and fit; `out` and the probes beside it are written.
+
+    Raises UserError where `out` lies in no folder, or the server goes away.
+    """
+    check_out(out, budget_s)
+    if server.engine not in (None, config.engine):
+        raise UserError(f"the server's metrics are those of {server.engine}, not of --engine {config.engine}")
+    limits, _, _ = replica(model, gpu, config)
+    told, known = server.kv_cache_tokens, limits.kv_blocks * limits.block_size
+    longest = min(limits.max_model_len, server.max_model_len or limits.max_model_len)
+    limits = replace(limits, kv_blocks=int((told or known) // limits.block_size), max_model_len=longest)
+    asked = {"model": model.key, "gpu": gpu.key, "config": asdict(config), "budget_s": budget_s}
+    resolved = resolve(config, model, gpu)
+    prior = fitted(model, gpu, resolved).coefficients
+    steps = StepTime(work(model, gpu, resolved), prior)
+    probes = _probe(server, limits, steps, budget_s, _Kept(out, asked, log), log)
+    fit = Fit(steps.work, prior, limits, probes)
+    before, moved = fit.simulated(np.zeros_like(fit.spread)), fit.solve()
+    errors, quantity = fit.left_out(moved), np.array([row.quantity for row in fit.rows])
+    on = "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
+    found = Calibration(
+        model=model.key, gpu=gpu.key, config=asdict(config), date=datetime.now(UTC).date().isoformat(), measured_on=on,
+        coefficients=fit.coefficients(moved), kv_cache_factor=(told or known) / known, kv_cache_tokens=told,
+        ttft_factor_90=factor_90(errors[quantity == "ttft_s"]), tpot_factor_90=factor_90(errors[quantity == "tpot_s"]),
+        probes=table(fit, before, fit.simulated(moved)), probe_s=sum(one.duration_s for one in probes),
+    )  # fmt: skip
+    if out is not None:
+        found.save(out)
+    log(f"{found.told()['provenance']}\n")
+    return found
+
+
+def check_out(out: Path | None, budget_s: float) -> None:
+    """Refuses a budget of nothing and a file that cannot be written, before anything is measured."""
+    if not 0 < budget_s < float("inf"):
+        raise UserError(f"--budget-s must be above 0, got {budget_s:g}")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
+
+
+class _Kept:
+    """The probes beside the calibration's file, one JSON line each; those of an interrupted start are taken over."""
+
+    def __init__(self, out: Path | None, asked: dict[str, Any], log: Log) -> None:
+        self.path, self.done = out and out.with_name(f"{out.name}.probes.jsonl"), dict[str, Measured]()
+        if out is None or self.path is None:
+            return
+        held = _lines(self.path)
+        if held[:1] == [asked] and not out.exists():
+            self.done = {one["name"]: Measured(**one) for one in held[1:]}
+            log(f"{len(self.done)} probes were measured before: {self.path}\n")
+        elif held:
+            self.path.rename(out.with_name(f"{out.name}.probes.until-{time.time_ns()}.jsonl"))
+        with self.path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(one) + "\n" for one in (asked, *map(asdict, self.done.values())))
+
+    def add(self, probe: Measured) -> None:
+        """Keep one more."""
+        self.done[probe.name] = probe
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(probe)) + "\n")
+
+
+def _lines(path: Path) -> list[Any]:
+    """The whole JSON lines of a file; a last one that a kill cut off is left out."""
+    held = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            held.append(json.loads(line))
+    return held
+
+
+def _probe(
+    server: Server, limits: SchedulerConfig, steps: StepTime, budget_s: float, kept: _Kept, log: Log
+) -> list[Measured]:
+    """Every probe, measured now or kept from before; the ladder ends where more streams give no more tokens."""
+    slower, best = 1.0, 0.0  # than the prior; tokens per s of the last rung
+
+    def cost_s(streams: int, prompt: int, output: int) -> float:
+        each = [Session(key, 0.0, [Turn(prompt, output)]) for key in range(streams)]
+        return slower * Simulation(SimulationConfig(limits), steps).run(each).now / TICKS_PER_S
+
+    for level in plan(limits, budget_s, cost_s):
+        rung = level.name.startswith("streams")
+        if rung and best < 0:
+            continue
+        if level.name not in kept.done:
+            log(f"probe {level.name}: {len(level.sessions)} sessions\n")
+            kept.add(server.measure(level))
+        one = kept.done[level.name]
+        ttft_s, tpot_s = play(one, one.chains(), limits, steps)
+        ratios = [np.nanmedian(one.ttft_s / ttft_s), np.nanmedian(one.tpot_s / tpot_s)]
+        slower = max(slower, *(float(ratio) for ratio in ratios if np.isfinite(ratio)))
+        rate = one.column("output_tokens").sum() / one.duration_s
+        best = best if not rung else rate if rate > SATURATED * best else -1.0
+    return list(kept.done.values())
