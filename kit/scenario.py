@@ -62,6 +62,7 @@ class Scenario(Strict):
     assumed: tuple[str, ...] = ()
     prices: dict[str, dict[str, Any]] | str = {}
     fleet: dict[str, Any] = {}
+    tuned: dict[str, float] = {}
     notes: str = ""
 
     @property
