@@ -60,8 +60,9 @@ class Driver:
             await asyncio.gather(*(self._spare(gate) for _ in range(self.level.streams())))
 
     def _build(self, call: Call) -> int:
-        call.conversation.ask()
-        call.data = request_bytes(self.target, call.conversation.messages, call.asked.output_len)
+        talk = call.conversation
+        talk.ask()
+        call.data = request_bytes(self.target, talk.messages, call.asked.output_len, talk.name)
         return len(call.data)
 
     async def _spare(self, gate: asyncio.Semaphore) -> None:

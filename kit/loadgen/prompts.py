@@ -64,6 +64,11 @@ class Conversation:
         self.messages: list[tuple[str, bytes]] = []
 
     @property
+    def name(self) -> str:
+        """What a router knows the session by, another in every run."""
+        return f"{self.prompts.salt:x}-{crc32(self.key.encode()):08x}"
+
+    @property
     def last(self) -> bool:
         return self.turn + 1 >= len(self.session.turns)
 
@@ -92,8 +97,8 @@ class Conversation:
         self.turn += 1
 
 
-def request_bytes(target: Target, messages: list[tuple[str, bytes]], output_len: int) -> bytes:
-    """The whole HTTP request, head and JSON body, ready to be sent."""
+def request_bytes(target: Target, messages: list[tuple[str, bytes]], output_len: int, session: str = "") -> bytes:
+    """The whole HTTP request, head and JSON body, ready to be sent; a session's name keeps it on one replica."""
     fields: dict[str, object] = {"model": target.model, "max_tokens": output_len}
     if target.engine_fields:
         fields |= {"min_tokens": output_len, "ignore_eos": True}
@@ -104,7 +109,8 @@ def request_bytes(target: Target, messages: list[tuple[str, bytes]], output_len:
     else:
         prompt = b'"prompt":"' + b" ".join(text for _, text in messages) + b'"'
     body = json.dumps(fields)[:-1].encode() + b", " + prompt + b"}"
-    return _head(target) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    named = b"X-Session-Id: %s\r\n" % session.encode() if session else b""
+    return _head(target) + named + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 @cache
