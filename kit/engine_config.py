@@ -90,6 +90,7 @@ def resolve(config: EngineConfig, model: ModelSpec, gpu: GpuSpec) -> ResolvedCon
     tensor, pipeline, count = _parallel(config)
     check_parallel(model, tensor, pipeline)
     defaults = _defaults(config, data, version, model, gpu, tensor)
+    own_cache = config.engine == "vllm" and config.kv_cache_dtype == "auto"  # read from its source, 0.32
     resolved = ResolvedConfig(
         engine=config.engine,
         engine_version=version,
@@ -97,7 +98,7 @@ def resolve(config: EngineConfig, model: ModelSpec, gpu: GpuSpec) -> ResolvedCon
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
         quantization=check_quantization(config.quantization or model.quantization or "bf16"),
-        kv_cache_dtype=config.kv_cache_dtype,
+        kv_cache_dtype=model.kv_cache_dtype if own_cache else config.kv_cache_dtype,
         enforce_eager=config.enforce_eager,
         **defaults,
     )

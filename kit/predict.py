@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from random import Random
 from typing import Any
 
@@ -82,32 +83,15 @@ def predict(
         name: {part: None if found[name][part] is None else found[name][part] + delay for part in KEPT}
         for name, delay in delays.items()
     }
+    came = ask.request_rate * ask.output_tokens if ask.request_rate else inf
     stretch = 1 + before_s / found["e2el_s"]["mean"] if ask.concurrency else 1.0
     result |= {name: found[name] / stretch for name in ("output_tokens_per_s", "requests_per_s")}
-    result |= {"itl_s": found["itl_s"], "intervals": _intervals(result, ask, basis), "basis": basis.basis}
+    result |= {"itl_s": found["itl_s"], "intervals": basis.intervals(result, came), "basis": basis.basis}
     result |= {"slo_attainment_fraction": found["slo_attainment_fraction"], "warnings": list(basis.warnings)}
     result["limited_by"] = _limited_by(found["limited_by"], ask, steps, result)
-    if result["limited_by"] == "kv_cache" and config.kv_cache_dtype == "auto":
+    if result["limited_by"] == "kv_cache" and resolved.kv_cache_dtype == "auto":
         result["warnings"].append("requests queue for KV cache: --kv-cache-dtype fp8 would hold twice as many")
     return result
-
-
-def _intervals(result: dict[str, Any], ask: Ask, basis: Fitted) -> dict[str, list[float] | None]:
-    """90 % intervals from the errors of cases with as much data behind them."""
-    share = min(1.0, result["ttft_s"]["mean"] / result["e2el_s"]["mean"])
-    rate = basis.ttft_factor**share * basis.tpot_factor ** (1 - share)
-    tokens_per_s = result["output_tokens_per_s"]
-    fastest = ask.request_rate * ask.output_tokens if ask.request_rate else float("inf")  # no more than came
-    return {
-        "ttft_s_mean": _around(result["ttft_s"]["mean"], basis.ttft_factor),
-        "ttft_s_p50": _around(result["ttft_s"]["p50"], basis.ttft_factor),
-        "tpot_s_mean": _around(result["tpot_s"]["mean"], basis.tpot_factor),
-        "output_tokens_per_s": [tokens_per_s / rate, max(tokens_per_s, min(tokens_per_s * rate, fastest))],
-    }
-
-
-def _around(value: float | None, factor: float) -> list[float] | None:
-    return None if value is None else [value / factor, value * factor]
 
 
 def _limited_by(stage: str, ask: Ask, steps: StepTime, result: dict[str, Any]) -> str:

@@ -80,6 +80,23 @@ def test_user_config_equals_the_catalogue(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "told",
+    [
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"type": "float", "num_bits": 8}},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+    ],
+)
+def test_a_checkpoint_with_an_8_bit_cache_is_cached_so_under_auto(tmp_path: Path, told: dict[str, object]) -> None:
+    path, card = tmp_path / "config.json", gpu("h100-sxm-80gb")
+    path.write_text(json.dumps({**LLAMA, "quantization_config": told}))
+    own, known = model(str(path)), model("llama-3.1-8b")
+    assert resolve(EngineConfig(), own, card).kv_cache_dtype == "fp8"
+    assert resolve(EngineConfig(engine="sglang"), own, card).kv_cache_dtype == "auto"
+    half, full = (plan(one, card, EngineConfig(quantization="fp8")).kv_bytes_per_token for one in (own, known))
+    assert 2 * half == full
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"hidden_size": None}, "lacks hidden_size"),

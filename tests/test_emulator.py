@@ -20,6 +20,7 @@ from heapq import heappop, heappush
 from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -514,15 +515,28 @@ def sessions(seed: int, number: int) -> list[Session]:
     return sorted(drawn, key=lambda session: session.arrival_s)
 
 
-@pytest.mark.parametrize(("kv_blocks", "mixed_steps"), [(2000, True), (800, True), (2000, False)])
-def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass(frozen=True)
+class SlowApi(Line):
+    """The same, behind an API and a tokeniser."""
+
+    def request_s(self, input_len: int, streams: int) -> float:
+        return 0.005 + 1e-6 * input_len + 1e-4 * streams
+
+
+@pytest.mark.parametrize(
+    ("kv_blocks", "mixed_steps", "steps"),
+    [(2000, True, Line()), (800, True, Line()), (2000, False, Line()), (2000, True, SlowApi())],
+)
+def test_it_schedules_as_the_simulator_does(
+    kv_blocks: int, mixed_steps: bool, steps: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limits = replace(LIMITS, kv_blocks=kv_blocks, max_num_seqs=24, max_num_batched_tokens=512, mixed_steps=mixed_steps)
     load = sessions(1, 40)
-    simulated = Simulation(SimulationConfig(limits), Line()).run(load)
+    simulated = Simulation(SimulationConfig(limits, request_s=getattr(steps, "request_s", None)), steps).run(load)
     loop = VirtualLoop()
     monkeypatch.setattr(clock, "monotonic", loop.monotonic)
     page = Page(resolved(), "tiny", limits)
-    real = clock.Clock(limits, Line(), page, loop)
+    real = clock.Clock(limits, steps, page, loop)
     tree = PrefixTree(limits.block_size)
     talks = [Talk(session, real, tree, loop) for session in load]
     for talk in talks:
@@ -534,8 +548,22 @@ def test_it_schedules_as_the_simulator_does(kv_blocks: int, mixed_steps: bool, m
     assert (theirs.preemptions > 0) == (kv_blocks == 800)
     assert loop.now - 1000 == pytest.approx(simulated.now / TICKS_PER_S, rel=0.01)
     turns = np.frombuffer(simulated.turns).reshape(-1, 15)
-    ttft_s = np.median([request.times[1] - request.times[0] for talk in talks for request in talk.requests])
+    ttft_s = np.median([request.times[2] - request.times[0] for talk in talks for request in talk.requests])
     assert ttft_s == pytest.approx(np.median(turns[:, 7] - turns[:, 5]), rel=0.03)
+    api_s = [request.times[1] - request.times[0] for talk in talks for request in talk.requests]
+    assert min(api_s) >= (0.0052 if isinstance(steps, SlowApi) else 0.0)
+
+
+def test_who_leaves_before_the_api_is_done_is_not_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = VirtualLoop()
+    monkeypatch.setattr(clock, "monotonic", loop.monotonic)
+    real = clock.Clock(LIMITS, SlowApi(), Page(resolved(), "tiny", LIMITS), loop)
+    calls = [Request(key, 100, 5, owner=SimpleNamespace(token=bool)) for key in range(2)]
+    assert [real.submit(call) for call in calls] == [None, None]
+    assert real.values()["waiting"] == 2
+    real.cancel(calls[0])
+    loop.run()
+    assert [real.counts[name] for name in ("abort", "generation_tokens")] == [1, 5]
 
 
 def test_a_hidden_machine_stalls_now_and_then() -> None:

@@ -121,6 +121,11 @@ def test_the_command_prints_one_object() -> None:
     ("arguments", "text"),
     [
         (("--concurrency", "8", "--slo-ttft-s", "0"), "--slo-ttft-s must be above 0, got 0"),
+        (("--concurrency", "8", "--slo-tpot-s", "0"), "--slo-tpot-s must be above 0, got 0"),
+        (("--concurrency", "8", "--input-tokens", "0"), "--input-tokens must be above 0, got 0"),
+        (("--concurrency", "8", "--prefix-hit-fraction", "1.2"), "must lie between 0 and 1, got 1.2"),
+        (("--concurrency", "8", "--model", "lama-3.1-8b"), "unknown model 'lama-3.1-8b'"),
+        (("--concurrency", "8", "--calibration", "nowhere.json"), "--calibration nowhere.json: No such file"),
         (("--concurrency", "8", "--quantization", "fp7"), "fp7"),
         (("--concurrency", "8", "--gpu-count", "3"), "--tensor-parallel-size 3"),
     ],

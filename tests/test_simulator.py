@@ -13,11 +13,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit import workload
+from kit import catalog, workload
+from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
 from kit.scheduler import SchedulerConfig
-from kit.simulator import COLUMNS, ROUTINGS, Load, Simulation, SimulationConfig, study
+from kit.simulator import COLUMNS, ROUTINGS, Load, Simulation, SimulationConfig, replica, study
 from kit.simulator.intervals import IntervalHistogram
+from kit.steptime import fitted
 from kit.workload import Session, Turn
 
 SHARED = Path(os.environ.get("KIT_SHARED", Path(__file__).parents[2] / "shared"))
@@ -61,6 +63,20 @@ def test_one_session_by_hand() -> None:
     assert rows["hit_tokens"][1] == 96
     assert rows["first_s"][1] == pytest.approx(6.04 + 0.01 + 35 * 1e-4)
     assert rows["pause_s"].tolist() == [-1.0, 1.0]
+
+
+def test_api_and_tokeniser_come_before_the_scheduler() -> None:
+    turns = [Turn(100, 3, pause_after_s=1.0), Turn(28, 2)]
+    load = [Session(0, 0.0, turns), Session(1, 0.0, [Turn(5000, 1)])]
+    found = run(load, request_s=lambda tokens, at_once: 1e-3 * tokens + at_once, limits={"max_model_len": 4096})
+    rows = table(found)
+    # 0.1 s for its tokens and 1 s for the one request there; then prefill and two decode steps
+    assert rows["admitted_s"][0] == pytest.approx(1.1)
+    assert rows["first_s"][0] == pytest.approx(1.12)
+    assert rows["admitted_s"][1] - rows["arrival_s"][1] == pytest.approx(0.131 + 2)  # the long one is still there
+    assert list(found.refusals) == ["5001 tokens exceed max_model_len 4096"]
+    assert found.replicas[0].arriving == found.replicas[0].backlog_tokens == 0
+    assert found.in_flight == {}
 
 
 def test_a_newcomer_joins_at_the_end_of_the_step_under_way() -> None:
@@ -290,6 +306,23 @@ def test_command_prints_one_object_with_every_key() -> None:
     assert {"mean", "p50", "p90", "p99"} <= set(result["ttft_s"])
     assert {"time_to_recover_s", "largest_passing_burst", "backlog_request_s"} <= set(result["burst"])
     assert isinstance(result["warnings"], list)
+    for quantity, (low, high) in result["intervals"].items():
+        name, _, part = quantity.rpartition("_")
+        point = result[name][part] if part in ("mean", "p50") else result[quantity]
+        assert low < point <= high < 10 * low
+
+
+def test_no_more_tokens_than_came_are_within_the_interval() -> None:
+    basis = fitted(
+        *(args := (catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"))), resolve(EngineConfig(), *args)
+    )
+    limits, steps, _ = replica(*args, EngineConfig(), basis)
+    cluster = SimulationConfig(limits, request_s=steps.request_s)
+    alone = [Session(0, 0.0, [Turn(500, 100)])]
+    spread = [Session(key, 10.0 * key, [Turn(500, 100)]) for key in range(101)]
+    one, many = (study(cluster, steps, Recorded(load), basis=basis) for load in (alone, spread))
+    assert one["intervals"]["output_tokens_per_s"][1] > 1.1 * one["output_tokens_per_s"]
+    assert many["intervals"]["output_tokens_per_s"][1] == pytest.approx(101 * 100 / 1000.0)
 
 
 @pytest.mark.parametrize(

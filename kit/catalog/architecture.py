@@ -6,7 +6,7 @@ from typing import Any
 
 from kit.catalog.layers import attention_groups, moe_spec, state_groups, text_config, vision_spec
 from kit.catalog.parameters import Parameters, count_parameters
-from kit.catalog.quantization import quantization_of
+from kit.catalog.quantization import kv_cache_dtype_of, quantization_of
 from kit.catalog.shapes import AttentionGroup, Fields, MoeSpec, StateGroup, VisionSpec
 
 __all__ = ["AttentionGroup", "ModelSpec", "MoeSpec", "StateGroup", "parse_config"]
@@ -37,6 +37,7 @@ class ModelSpec:
     kept: dict[str, tuple[str, ...]]  # by quantisation: module names that such builds leave in 16 bits
     vision: VisionSpec | None
     source: str
+    kv_cache_dtype: str = "auto"  # fp8 where the checkpoint says so
 
     @property
     def parameters(self) -> int:
@@ -109,6 +110,7 @@ def parse_config(config: Mapping[str, Any], key: str, **extra: Any) -> ModelSpec
         kept={**extra.get("kept", {}), **({quantization: kept} if quantization else {})},
         vision=vision_spec(config),
         source=str(extra.get("source", key)),
+        kv_cache_dtype=kv_cache_dtype_of(config),
     )
 
 

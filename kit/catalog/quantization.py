@@ -55,6 +55,18 @@ def quantization_of(config: Mapping[str, Any], where: str) -> tuple[str | None, 
     return _method(block, where), tuple(str(name) for name in kept)
 
 
+def kv_cache_dtype_of(config: Mapping[str, Any]) -> str:
+    """The KV cache dtype that vLLM's `auto` takes from a checkpoint's quantization_config.
+
+    >>> kv_cache_dtype_of({"quantization_config": {"kv_cache_scheme": {"type": "float", "num_bits": 8}}})
+    'fp8'
+    """
+    block = config.get("quantization_config") or {}
+    scheme = block.get("kv_cache_scheme")
+    eight_bit = isinstance(scheme, Mapping) and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+    return "fp8" if eight_bit or str(block.get("kv_cache_quant_algo")).upper() == "FP8" else "auto"
+
+
 def _method(block: Mapping[str, Any], where: str) -> str:
     method = str(block.get("quant_method", "")).lower()
     bits = block.get("bits") or block.get("w_bit")

@@ -28,9 +28,9 @@ def command(
     config: "EngineConfig",
     model: options.Model,
     gpu: options.Gpu,
-    workload: Annotated[str | None, typer.Option(help="key of data/workloads, or a YAML file")] = None,
+    workload: Annotated[str | None, typer.Option(help="key of data/workloads, a YAML file or a recording")] = None,
     trace: Annotated[str | None, typer.Option(help="file of recorded calls")] = None,
-    trace_format: Annotated[str | None, typer.Option(help="azure, mooncake, weka, burstgpt")] = None,
+    trace_format: Annotated[str | None, typer.Option(help="azure, mooncake, weka, burstgpt, recorded")] = None,
     sessions: Annotated[int | None, typer.Option(help="sessions that arrive")] = None,
     duration: Annotated[float | None, typer.Option(help="seconds; the clock stops there")] = None,
     burst: Annotated[int | None, typer.Option(help="sessions that come at once")] = None,
@@ -47,6 +47,8 @@ def command(
 ) -> None:
     """Plays agent sessions or a recorded trace through simulated replicas."""
     from kit import catalog, simulator
+    from kit.engine_config import resolve
+    from kit.steptime import fitted
 
     _check(sessions=(sessions, 0), duration=(duration, 0), burst=(burst, 0), replicas=(replicas, 0), seed=(seed, -1),
            ready_after=(ready_after, -1), slo_ttft_s=(slo_ttft_s, 0), slo_tpot_s=(slo_tpot_s, 0))  # fmt: skip
@@ -57,11 +59,14 @@ def command(
         from kit import calibrate
 
         config, basis = calibrate.load(calibration).apply(spec, card, config)
+    basis = basis or fitted(spec, card, resolve(config, spec, card))
     limits, step_time, warnings = simulator.replica(spec, card, config, basis)
-    cluster = simulator.SimulationConfig(limits, replicas, routing, not drop_kv, warm, ready_after, duration)
+    cluster = simulator.SimulationConfig(
+        limits, replicas, routing, not drop_kv, warm, ready_after, duration, request_s=step_time.request_s
+    )
     preset = getattr(source, "slo", None)
     ttft_s, tpot_s = slo_ttft_s or getattr(preset, "ttft_s", None), slo_tpot_s or getattr(preset, "tpot_s", None)
-    result = simulator.study(cluster, step_time, load, ttft_s, tpot_s)
+    result = simulator.study(cluster, step_time, load, ttft_s, tpot_s, basis)
     result["slo"] = {"ttft_s": ttft_s, "tpot_s": tpot_s}
     result["warnings"] = warnings + result.pop("warnings")
     sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))

@@ -26,26 +26,46 @@ class Clock:
         self.loop: asyncio.AbstractEventLoop = loop or asyncio.get_running_loop()
         self.end, self.told_late = NEVER, 0.0  # end of the step under way
         self.batch: Batch | None = None
+        self.request_s = getattr(times, "request_s", lambda *_: 0.0)  # API and tokeniser, before the queue
+        self.coming: list[tuple[float, int, Any]] = []  # calls that these two still have, by when they are done
+        self.order = count()
         self.counts = dict.fromkeys(COUNTED, 0)
         self.timer: asyncio.Handle | None = None
 
     def submit(self, call: Any) -> str | None:
         """Queue a call that has just arrived; a text says why it is refused."""
-        call.times = [monotonic()]  # then: first and latest token
-        refusal = self.scheduler.add(call)
-        if refusal is None and self.batch is None:
-            self._plan(call.times[0])
-        return refusal
+        if refusal := self.scheduler.refusal(call, len(self.coming)):
+            return refusal
+        at_once = 1 + sum(map(len, (self.scheduler.running, self.scheduler.waiting, self.coming)))
+        arrival = monotonic()
+        ready = arrival + self.request_s(call.input_len, at_once)
+        call.times = [arrival, ready]  # then: first and latest token
+        heappush(self.coming, (ready, next(self.order), call))
+        self._queue(arrival)
+        return None
+
+    def _queue(self, now: float) -> None:
+        """Queue the calls whose time has come, as far as the step under way has not ended before."""
+        while self.coming and self.coming[0][0] <= min(now, self.end):
+            ready, _, call = heappop(self.coming)
+            self.scheduler.queue(call)
+            if self.batch is None:
+                self._plan(ready)
+        self.arm(self.end)
 
     def cancel(self, call: Request) -> None:
         """Its client left: free what it holds."""
         call.owner = None
         self.counts["abort"] += 1
         self.scheduler.abort(call)
+        if self.coming:
+            self.coming = sorted(one for one in self.coming if one[2] is not call)
 
     def poll(self) -> None:
         """End the step if its time has come; callbacks call this so that none of them holds it up."""
         now = monotonic()
+        if self.coming and self.coming[0][0] <= now:
+            self._queue(now)
         late_s = now - self.end
         if late_s < 0:
             return
@@ -60,9 +80,9 @@ class Clock:
         self.end = end
         if self.timer:
             self.timer.cancel()
-        left_s = end - monotonic()
+        left_s = min(end, self.coming[0][0] if self.coming else NEVER) - monotonic()
         wait = self.loop.call_soon if left_s < SPIN_S else lambda do: self.loop.call_later(left_s - 0.75 * SPIN_S, do)
-        self.timer = wait(self._tick) if end < NEVER else None
+        self.timer = wait(self._tick) if left_s < NEVER else None
 
     def _tick(self) -> None:
         self.poll()
@@ -72,8 +92,8 @@ class Clock:
         """Begin the next step at `start`, or be idle."""
         batch = self.batch = self.scheduler.plan()
         for call in batch.admitted if batch else []:
-            if len(call.times) == 1:
-                self.page.histograms["queue_time"].add(start - call.times[0])
+            if len(call.times) == 2:
+                self.page.histograms["queue_time"].add(start - call.times[1])
         chunks = [(tokens, before) for _, tokens, before in batch.chunks] if batch else []
         self.arm(start + self.step_time.step_s(chunks, batch.decodes, batch.context) if batch else NEVER)
 
@@ -89,17 +109,17 @@ class Clock:
 
     def emit(self, call: Any, now: float, last: bool) -> None:
         """Count one token and pass it on."""
-        owner, (arrival, *before), seconds = call.owner, call.times, self.page.histograms
+        owner, (arrival, ready, *before), seconds = call.owner, call.times, self.page.histograms
         if owner is None:
             return
-        call.times = [arrival, before[0] if before else now, now]
+        call.times = [arrival, ready, before[0] if before else now, now]
         seconds["itl" if before else "ttft"].add(now - (before[1] if before else arrival))
         self.counts["prompt_tokens"] += 0 if before else call.input_len
         self.counts["generation_tokens"] += 1
         if last:
             call.owner = None
             seconds["e2el"].add(now - arrival)
-            seconds["tpot"].add((now - call.times[1]) / max(1, call.output_len - 1))
+            seconds["tpot"].add((now - call.times[2]) / max(1, call.output_len - 1))
         owner.token(last)
 
     def values(self) -> dict[str, float]:
@@ -107,7 +127,8 @@ class Clock:
         scheduler, asked, hits = self.scheduler, self.scheduler.query_tokens, self.scheduler.hit_tokens
         return {
             **self.counts, "emulated": 1, "lateness_max": self.page.histograms["late"].max,
-            "running": len(scheduler.running), "waiting": len(scheduler.waiting), "preemptions": scheduler.preemptions,
+            "running": len(scheduler.running), "waiting": len(scheduler.waiting) + len(self.coming),
+            "preemptions": scheduler.preemptions,
             "prefix_queries": asked, "prefix_hits": hits, "prefix_hit_rate": hits / max(1, asked),
             "kv_cache_usage": scheduler.kv_cache_usage,
             "kv_cache_tokens": scheduler.pool.total * scheduler.config.block_size,
@@ -121,11 +142,10 @@ class Paced(Clock):
         super().__init__(*parts)
         self.ttft_s, self.itl_s = pace_s
         self.due: list[tuple[float, int, Request]] = []
-        self.order = count()
 
     def submit(self, call: Any) -> str | None:
         """Take a call in; nothing is refused."""
-        call.times = [monotonic()]
+        call.times = 2 * [monotonic()]
         heappush(self.due, (call.times[0] + self.ttft_s, next(self.order), call))
         self.arm(self.due[0][0])
         return None

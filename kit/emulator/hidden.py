@@ -17,6 +17,7 @@ class HiddenStepTime:
         self.nominal, self.rng = nominal, np.random.default_rng([seed, 20261])
         spans = load_yaml(DATA / "emulator.yaml")["truth"]
         self.truth = SimpleNamespace(**{name: np.exp(self.rng.uniform(*np.log(span))) for name, span in spans.items()})
+        self.request_s = getattr(nominal, "request_s", lambda *_: 0.0)  # of API and tokeniser: as modelled
         self.to_stall = self.rng.exponential()  # in mean distances, of time at work
 
     def step_s(self, chunks: Sequence[tuple[int, int]], decodes: int, context: int) -> float:

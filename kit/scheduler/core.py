@@ -46,20 +46,30 @@ class Scheduler:
 
     def add(self, request: Request) -> str | None:
         """Queue a request; a text says why it is refused instead."""
+        refusal = self.refusal(request)
+        if refusal is None:
+            self.queue(request)
+        return refusal
+
+    def refusal(self, request: Request, ahead: int = 0) -> str | None:
+        """Why the request would be refused with `ahead` more on their way to the queue; None where it would not."""
         config, total = self.config, request.input_len + request.output_len
         tokens = self.waiting_tokens + request.input_len
         if total > config.max_model_len:
             return f"{total} tokens exceed max_model_len {config.max_model_len}"
         if -(-total // config.block_size) > config.kv_blocks:
             return f"{total} tokens exceed the KV cache of {config.kv_blocks} blocks"
-        for name, queued in (("max_num_queued_reqs", len(self.waiting) + 1), ("max_num_queued_tokens", tokens)):
+        for name, queued in (("max_num_queued_reqs", len(self.waiting) + ahead + 1), ("max_num_queued_tokens", tokens)):
             if (limit := getattr(config, name)) is not None and queued > limit:
                 return f"queue is full ({name} {limit})"
-        if not config.enable_prefix_caching:
+        return None
+
+    def queue(self, request: Request) -> None:
+        """Put a request that is not refused at the end of the queue."""
+        if not self.config.enable_prefix_caching:
             request.path = ()
         self.waiting.append(request)
         self.waiting_tokens += request.target
-        return None
 
     def plan(self) -> Batch | None:
         """What the next step runs, with its blocks taken; None when there is nothing to run."""

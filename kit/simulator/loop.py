@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
@@ -34,6 +34,8 @@ class SimulationConfig:
     ready_after_s: float = 0.0  # a cold start: replicas serve nothing before
     until_s: float | None = None  # the clock stops here; None: when all is done
     step_by_step: bool = False  # no jumps: the same answer, slowly
+    # Seconds of API and tokeniser before the scheduler sees a prompt, by its tokens and the requests there at once.
+    request_s: Callable[[int, int], float] | None = None
 
 
 class SessionState:
@@ -90,7 +92,9 @@ class Simulation:
         while heap and heap[0][:2] < stop:
             self.now, kind, _, item = heappop(heap)
             self.events += 1
-            if kind == 0:
+            if kind == 0 and isinstance(item, Request):
+                self._queue(item)
+            elif kind == 0:
                 self._send(item)
             elif kind == 2:
                 self._plan(item[0])
@@ -106,7 +110,7 @@ class Simulation:
         heappush(self._heap, (tick, 0, next(self._numbers), state))
 
     def _send(self, state: SessionState) -> None:
-        """A turn arrives: make its request, choose a replica, queue it."""
+        """A turn arrives: make its request, choose a replica, send it there."""
         turn = state.session.turns[state.turn]
         if turn.compact_to is not None:
             state.chain = OPEN_END + next(self._numbers)
@@ -115,15 +119,30 @@ class Simulation:
         request = Request(next(self._numbers), input_len, turn.output_len, path, state)
         request.times = [self.now]
         replica = state.replica = self.route(request, state.replica, self.now)
+        replica.backlog_tokens += input_len
+        self.in_flight[request.key] = request
+        if self.config.request_s is None:
+            self._queue(request)
+            return
+        replica.arriving += 1
+        ready = self.now + round(self.config.request_s(input_len, replica.load) * TICKS_PER_S)
+        heappush(self._heap, (ready, 0, next(self._numbers), request))
+
+    def _queue(self, request: Request) -> None:
+        """API and tokeniser are done with a request: its scheduler takes it in, or refuses it."""
+        state: SessionState = request.owner
+        replica = state.replica
+        assert replica is not None
+        replica.arriving -= self.config.request_s is not None
         was_empty = not replica.scheduler.waiting
         refusal = replica.scheduler.add(request)
         if refusal is not None:
+            del self.in_flight[request.key]
+            replica.backlog_tokens -= request.input_len
             self.refused.append(request)
             self.refusals[refusal] += 1
             self._end_session(state)
             return
-        replica.backlog_tokens += input_len
-        self.in_flight[request.key] = request
         if replica.batch is None and not replica.pending:
             self._plan_next(replica)
         elif was_empty and replica.steps > 1 and replica.shorten(self.now):

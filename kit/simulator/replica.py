@@ -17,6 +17,7 @@ class Replica:
         self.pending = False  # a plan is due at this instant, or when the replica is ready
         self.start = self.end = self.first = self.slope = self.steps = 0
         self.version = 0  # of the announced end: a shortened run announces a new one
+        self.arriving = 0  # requests that API and tokeniser still have
         self.backlog_tokens = 0  # prompt tokens sent here and not computed yet
         self.usage_area = self._sampled_at = self._sampled = 0  # blocks x ticks, for the mean
         self._stall = self._stalled_rows = 0  # decode rows that wait behind prefill-only steps
@@ -98,8 +99,8 @@ class Replica:
 
     @property
     def load(self) -> int:
-        """Requests here, running or waiting."""
-        return len(self.scheduler.running) + len(self.scheduler.waiting)
+        """Requests here: running, waiting or arriving."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting) + self.arriving
 
     def left_with(self, request: Request, now: int) -> tuple[int, int]:
         """Prompt tokens left to compute here, less what the request finds in the cache; the load."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import islice, repeat, takewhile
+from math import inf
 from time import perf_counter
 from typing import Any
 
@@ -14,9 +15,11 @@ from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
 from kit.memory import plan
 from kit.scheduler import SchedulerConfig, StepTime, scheduler_config
-from kit.simulator.answers import answers, largest_passing_burst
+from kit.simulator.answers import answers, columns, largest_passing_burst
 from kit.simulator.loop import Simulation, SimulationConfig
+from kit.simulator.steps import TICKS_PER_S
 from kit.steptime import Fitted, fitted, step_time
+from kit.steptime import StepTime as FittedSteps
 from kit.traces import Trace
 from kit.workload import Session, Workload, generate
 from kit.workload.arrivals import Burst
@@ -85,7 +88,7 @@ class Load:
 
 def replica(
     model: ModelSpec, gpu: GpuSpec, config: EngineConfig, basis: Fitted | None = None
-) -> tuple[SchedulerConfig, StepTime, list[str]]:
+) -> tuple[SchedulerConfig, FittedSteps, list[str]]:
     """Scheduler limits, step time and warnings of one replica; `basis` of a calibration."""
     resolved = resolve(config, model, gpu)
     basis = basis or fitted(model, gpu, resolved)
@@ -98,13 +101,15 @@ def replica(
 
 def study(
     config: SimulationConfig, step_time: StepTime, load: Load, slo_ttft_s: float | None = None,
-    slo_tpot_s: float | None = None,
+    slo_tpot_s: float | None = None, basis: Fitted | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answers of one simulation and the largest passing burst, with the seconds it took."""
+    """Answers of one simulation and the largest passing burst, with the seconds it took; intervals from a basis."""
     begun = perf_counter()
     sessions, burst_keys = load.stream()
     sim = Simulation(config, step_time).run(sessions)
     result = answers(sim, slo_ttft_s, slo_tpot_s, burst_keys)
+    if basis is not None:
+        result["intervals"] = basis.intervals(result, _came_tokens_per_s(sim))
     result["warnings"] = load.warnings() + ["no session arrived within the duration"] * (not sim.planned)
     if slo_ttft_s is not None:
         cut = replace(config, until_s=slo_ttft_s + config.ready_after_s)
@@ -113,3 +118,11 @@ def study(
         )
     result["wall_s"] = perf_counter() - begun
     return result
+
+
+def _came_tokens_per_s(sim: Simulation) -> float:
+    """Output tokens that were asked for, over the seconds in which they were: what no machine can exceed."""
+    turns, under_way = columns(sim), sim.in_flight.values()
+    tokens = turns["output_len"].sum() + sum(request.output_len for request in under_way)
+    last_s = max([*turns["arrival_s"], *(request.times[0] / TICKS_PER_S for request in under_way)], default=0.0)
+    return float(tokens / last_s) if last_s else inf

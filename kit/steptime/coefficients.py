@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 from kit.catalog import GpuSpec, ModelSpec
@@ -31,6 +32,22 @@ class Fitted:
     warnings: tuple[str, ...]
     kv_cache_factor: float = 1.0  # of a calibration: the pool that its server had over the predicted one
 
+    def intervals(self, found: Mapping[str, Any], came_tokens_per_s: float = inf) -> dict[str, list[float] | None]:
+        """90 % intervals of `found`, from the errors of cases with as much data behind them; no more tokens than came.
+
+        Those errors are of closed loops: a queue near capacity stretches further than they tell.
+        """
+        ttft_s, tpot_s, tokens_per_s = found["ttft_s"], found["tpot_s"], found["output_tokens_per_s"]
+        intervals = {"ttft_s_mean": _around(ttft_s["mean"], self.ttft_factor)}
+        intervals |= {"ttft_s_p50": _around(ttft_s["p50"], self.ttft_factor)}
+        intervals |= {"tpot_s_mean": _around(tpot_s["mean"], self.tpot_factor), "output_tokens_per_s": None}
+        if tokens_per_s and ttft_s["mean"] and found["e2el_s"]["mean"]:
+            share = min(1.0, ttft_s["mean"] / found["e2el_s"]["mean"])
+            rate = self.ttft_factor**share * self.tpot_factor ** (1 - share)
+            most = max(tokens_per_s, min(tokens_per_s * rate, came_tokens_per_s))
+            intervals["output_tokens_per_s"] = [tokens_per_s / rate, most]
+        return intervals
+
 
 def fitted(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> Fitted:
     """The coefficients for that model, GPU and engine; without data they are the mean of all and a guess."""
@@ -48,6 +65,10 @@ def fitted(model: ModelSpec, gpu: GpuSpec, config: ResolvedConfig) -> Fitted:
     text = WARNINGS.get(basis, "").format(engine=engine, family=family, gpu=gpu.key)
     spread = era["length_spread"]
     return Fitted(coefficients, basis, error["ttft"], error["tpot"], spread, (text,) if text else ())
+
+
+def _around(value: float | None, factor: float) -> list[float] | None:
+    return None if value is None else [value / factor, value * factor]
 
 
 @cache
