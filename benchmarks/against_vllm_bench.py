@@ -2,11 +2,14 @@
 
     make engine ENGINE=vllm && .venv/bin/python benchmarks/against_vllm_bench.py --write
 
-Both drive the same server with a closed loop of 16 streams over /v1/chat/completions. Answers have the
-same token counts; the words of kit load are asked for such that prompts come out alike (the table tells
-how alike). Prefix caching is off: the random prompts of vllm bench repeat with so small a vocabulary. The
-order changes from pair to pair, and what is compared is the relative difference within each pair, so that
-a slow drift of the machine drops out. With --write the table goes into docs/performance.md.
+Both drive the same server with a closed loop of 16 streams over /v1/chat/completions: the same prompt and
+answer lengths in the same order, which vary, because equal ones keep all streams in step and then the
+order of a few milliseconds decides the TTFT (the server's own histogram differed by 15 %). The table tells
+how alike the prompts came out. Prefix caching is off: random prompts of so small a vocabulary repeat. The
+model is the engines' tiny one made wider (dummy weights), so that the engine, on a core of its own, is
+what limits and neither client starves the server. The order changes from pair to pair, and what is
+compared is the relative difference within each pair, so that a slow drift of the machine drops out. With
+--write the table goes into docs/performance.md.
 On a CPU this says how well two clients agree, and nothing about the speed of an engine.
 """
 
@@ -15,10 +18,12 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +36,11 @@ from kit.telemetry import ServerMetrics
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- engines -->", "<!-- /engines -->"
-CONCURRENCY, REQUESTS, INPUT_LEN, OUTPUT_LEN = 16, 320, 128, 64
+CONCURRENCY, REQUESTS = 16, 128
+MEAN_LEN, SPREAD, SEED = 64, 0.5, 1000  # 32 to 96 tokens, uniform: equal ones would march in step
 TEMPLATE_TOKENS = 18  # what the chat template of the tiny model adds; kit load counts it in, vllm bench does not
 MODEL = ENVIRONMENTS / "tiny-model"
+WIDER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
 QUANTITIES = {
     "prompt_tokens": "prompt tokens (the input)",
     "output_tokens_per_s": "output tokens/s",
@@ -42,19 +49,24 @@ QUANTITIES = {
 }
 
 
-asked_tokens = [INPUT_LEN + TEMPLATE_TOKENS]  # the last is asked of kit load; the warm-up run corrects it
+surplus_tokens = [-TEMPLATE_TOKENS]  # the last is taken from what kit load is asked for; the warm-up corrects it
+lengths: list[tuple[int, int]] = []  # prompt and answer tokens, in order, as vllm bench drew them in the warm-up
 
 
-def with_kit(engine: Engine, seed: int) -> dict[str, Any]:
+def with_kit(engine: Engine) -> dict[str, Any]:
     """One run of kit load."""
     call = [Path(sys.executable).with_name("kit"), "load", "--base-url", engine.launch.base_url, "--model", "tiny"]
-    call += ["--concurrency", CONCURRENCY, "--requests", REQUESTS, "--seed", seed, "--json"]
-    call += ["--input-tokens", asked_tokens[-1], "--output-tokens", OUTPUT_LEN]
-    before = engine.metrics()
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True)
+    call += ["--concurrency", CONCURRENCY, "--requests", REQUESTS, "--seed", SEED, "--json"]
+    rows = [f"2026-01-01 00:00:00,{prompt - surplus_tokens[-1]},{answer}" for prompt, answer in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.csv"
+        trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+        call += ["--trace", trace, "--trace-format", "azure"]
+        before = engine.metrics()
+        done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     assert told["completed"] == REQUESTS, told["failures"]
-    assert told["output_tokens"] == REQUESTS * OUTPUT_LEN
+    assert told["output_tokens"] == sum(answer for _, answer in lengths)
     return {
         "prompt_tokens": _grown(engine, before),
         "output_tokens_per_s": told["output_tokens_per_s"],
@@ -65,21 +77,22 @@ def with_kit(engine: Engine, seed: int) -> dict[str, Any]:
     }
 
 
-def with_vllm(engine: Engine, seed: int) -> dict[str, Any]:
+def with_vllm(engine: Engine) -> dict[str, Any]:
     """One run of vllm bench serve."""
     with tempfile.TemporaryDirectory() as folder:
         call = [ENVIRONMENTS / "vllm" / "bin" / "vllm", "bench", "serve", "--backend", "openai-chat"]
         call += ["--base-url", engine.launch.base_url, "--endpoint", "/v1/chat/completions", "--model", "tiny"]
-        call += ["--tokenizer", MODEL, "--dataset-name", "random", "--random-input-len", INPUT_LEN]
-        call += ["--random-output-len", OUTPUT_LEN, "--num-prompts", REQUESTS, "--max-concurrency", CONCURRENCY]
-        call += ["--ignore-eos", "--seed", seed, "--save-result", "--result-dir", folder, "--disable-tqdm"]
+        call += ["--tokenizer", MODEL, "--dataset-name", "random", "--random-range-ratio", SPREAD, "--save-detailed"]
+        call += ["--random-input-len", MEAN_LEN, "--random-output-len", MEAN_LEN]
+        call += ["--num-prompts", REQUESTS, "--max-concurrency", CONCURRENCY]
+        call += ["--ignore-eos", "--seed", SEED, "--save-result", "--result-dir", folder, "--disable-tqdm"]
         before = engine.metrics()
         quiet = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True, env=quiet)
         (result,) = Path(folder).glob("*.json")
         told = json.loads(result.read_text())
     assert told["completed"] == REQUESTS
-    assert told["total_output_tokens"] == REQUESTS * OUTPUT_LEN
+    lengths[:] = zip(told["input_lens"], told["output_lens"], strict=True)
     return {
         "prompt_tokens": _grown(engine, before),
         "output_tokens_per_s": told["output_throughput"],
@@ -96,22 +109,36 @@ def _grown(engine: Engine, before: ServerMetrics | None) -> float:
     return ((after.prompt_tokens or 0) - (before.prompt_tokens or 0)) / REQUESTS
 
 
+def widened(folder: Path) -> Path:
+    """The tiny model's tokenizer beside a wider config; the engine makes the weights up."""
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | WIDER))
+    return folder
+
+
 def measure(pairs: int) -> list[dict[str, Any]]:
     """The pairs, after one run of each that warms the server up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = {"max_num_seqs": CONCURRENCY, "max_model_len": 4096, "enforce_eager": True}
-    flags["--no-enable-prefix-caching"] = True
-    wanted = launch("vllm", str(MODEL), flags, port=port, served_model_name="tiny")
+    flags |= {"--no-enable-prefix-caching": True, "--load-format": "dummy"}
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
     rows = []
-    with tempfile.TemporaryDirectory() as folder, start(wanted, Path(folder) / "engine.log") as engine:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        model = widened(Path(folder) / "model")
+        wanted = launch("vllm", str(model), flags, port=port, served_model_name="tiny")
+        engine = running.enter_context(start(wanted, Path(folder) / "engine.log"))
+        os.sched_setaffinity(0, {1})  # both clients, as children of this process
         for index in range(pairs + 1):
-            order = [("kit", with_kit), ("vllm", with_vllm)][:: 1 if index % 2 else -1]
-            row = {name: run(engine, 1000 + index) for name, run in order}
+            order = [("kit", with_kit), ("vllm", with_vllm)][
+                :: 1 if index % 2 else -1
+            ]  # the warm-up begins with vllm, which draws the lengths
+            row = {name: run(engine) for name, run in order}
             if not index:
-                ratio = row["vllm"]["prompt_tokens"] / row["kit"]["prompt_tokens"]
-                asked_tokens.append(round(asked_tokens[0] * ratio))
+                more = row["kit"]["prompt_tokens"] - row["vllm"]["prompt_tokens"]
+                surplus_tokens.append(surplus_tokens[0] + round(more))
             if index:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -125,11 +152,12 @@ def report(rows: list[dict[str, Any]]) -> str:
     load = os.getloadavg()[2]
     valid = sum(row["kit"]["verdict"] == "VALID" for row in rows)
     lines = [
-        f"Measured on {datetime.date.today()}, vLLM 0.32.0 on a CPU and both clients sharing {os.cpu_count()} cores of "
-        f"{cpu}, {platform.system()} {platform.release().split('-')[0]}, load average {load:.1f} over 15 minutes.",
-        f"{len(rows)} pairs at concurrency {CONCURRENCY}, {REQUESTS} requests each of {INPUT_LEN} + {OUTPUT_LEN} "
-        f"tokens; kit load called {valid} of {len(rows)} runs VALID. A CPU engine shows how clients agree, "
-        "not how fast an engine is.",
+        f"Measured on {datetime.date.today()}, vLLM 0.32.0 on one core, its API server and the clients on the other "
+        f"of {os.cpu_count()} of {cpu}, {platform.system()} {platform.release().split('-')[0]}, "
+        f"load average {load:.1f} over 15 minutes.",
+        f"{len(rows)} pairs at concurrency {CONCURRENCY}, {REQUESTS} requests each of {MEAN_LEN} tokens "
+        f"+- {SPREAD:.0%} in and out, the same for both; kit load called {valid} of {len(rows)} runs VALID. "
+        "A CPU engine shows how clients agree, not how fast an engine is.",
         "",
         "| quantity | kit load | vllm bench serve | kit against vllm, mean | 95 % interval |",
         "|---|---|---|---|---|",
