@@ -29,7 +29,7 @@ import pytest
 from kit import catalog
 from kit.emulator import Api, clock, hide
 from kit.emulator.page import Page
-from kit.emulator.server import Connection, Generation
+from kit.emulator.server import Connection, Generation, listen
 from kit.emulator.text import PrefixTree, example, words
 from kit.engine_config import EngineConfig, ResolvedConfig, resolve
 from kit.scheduler import Request, SchedulerConfig
@@ -628,3 +628,13 @@ def test_bad_input_is_one_line(
     assert stopped.value.code == 2
     assert named in told
     assert len(told.splitlines()) <= 3
+
+
+def test_a_failed_clock_ends_the_server():
+    def broken() -> Any:
+        asyncio.get_running_loop().call_later(0.01, lambda: 1 / 0)
+        return SimpleNamespace(connection=Connection, connections=set())
+
+    with pytest.raises(RuntimeError, match="clock failed"):
+        asyncio.run(asyncio.wait_for(listen(broken, "127.0.0.1", 0, lambda url: None), 20))
+    gc.enable()

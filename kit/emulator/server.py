@@ -155,6 +155,8 @@ class Generation:
 class Api:
     """Requests in, calls to the clock, answers out."""
 
+    connection = Connection
+
     def __init__(self, model_name: str, clock: Clock) -> None:
         self.model_name, self.clock, self.limits = model_name, clock, clock.scheduler.config
         self.tree, self.keys = PrefixTree(self.limits.block_size), count(1)
@@ -164,6 +166,7 @@ class Api:
         self.routes: dict[str, Callable[[Connection, Body], Body | str | None]] = {
             "GET /health": lambda *_: "",
             "GET /v1/models": lambda *_: {"object": "list", "data": [card]},
+            "GET /server_info": lambda *_: {"emulated": True, "max_num_seqs": self.limits.max_num_seqs},
             **dict.fromkeys(("GET /metrics", f"GET {clock.page.path}"), lambda *_: clock.page.text(clock.values())),
             "POST /tokenize": self._tokenize,
             **dict.fromkeys(("POST /v1/chat/completions", "POST /v1/completions"), self._generate),
@@ -207,13 +210,22 @@ class Api:
             connection.write(STREAM_HEAD)
 
 
-async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[[str], None]) -> None:
+async def listen(make: Callable[[], Any], host: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve what `make` makes until SIGINT or SIGTERM; `ready` is told the URL once connections are taken."""
     loop, stop, api = asyncio.get_running_loop(), asyncio.Event(), make()
     try:
-        server = await loop.create_server(partial(Connection, api), host, port, backlog=BACKLOG)
+        server = await loop.create_server(partial(api.connection, api), host, port, backlog=BACKLOG)
     except OSError as error:
         raise UserError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from None
+    failed: list[Any] = []
+
+    def give_up(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        if "protocol" not in context:  # not one client's: without its clock a server would only keep them waiting
+            failed.append(context["message"])
+            stop.set()
+
+    loop.set_exception_handler(give_up)
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows, or not the main thread
             loop.add_signal_handler(number, stop.set)
@@ -225,3 +237,5 @@ async def listen(make: Callable[[], Api], host: str, port: int, ready: Callable[
     until = time.monotonic() + GRACE_S
     while time.monotonic() < until and any(one.call for one in api.connections):
         await asyncio.sleep(0.02)
+    if failed:
+        raise RuntimeError(f"the emulator's clock failed: {failed[0]}")
