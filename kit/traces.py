@@ -1,4 +1,4 @@
-"""Recorded workloads in one form: readers for Azure, Mooncake, WEKA and BurstGPT files."""
+"""Recorded workloads in one form: readers for Azure, Mooncake, WEKA and BurstGPT files, and for those of kit record."""
 
 import csv
 import json
@@ -33,12 +33,19 @@ class Call:
     reusable_tokens: int = 0  # leading tokens that the session has sent before
     hash_ids: list[int] = field(default_factory=list)
     path: tuple[tuple[int, int], ...] = ()  # (extent, tokens at its end)
+    prefix_id: int = 0
+    prefix_tokens: int = 0  # leading tokens that all sessions with this prefix_id share
+    waited_for: str = "recorded"
 
     def __post_init__(self) -> None:
         times = self.arrival_s, self.elapsed_s, self.pause_s or 0.0
         if self.input_len < 1 or self.output_len < 0 or not all(0 <= value < inf for value in times):
             given = f"input {self.input_len}, output {self.output_len} tokens, times {times}"
             raise ValueError(f"{given}: lengths and times cannot be negative, an input not empty")
+
+    @property
+    def end_s(self) -> float:
+        return self.arrival_s + self.elapsed_s
 
 
 @dataclass(slots=True)
@@ -61,7 +68,8 @@ class Trace:
             if parent in built:  # starts after the parent's last call that began before it
                 begun = sum(call.arrival_s <= start_s for call in groups[parent])
                 turn = built[parent].turns[max(0, begun - 1)]
-                session.arrival_s, turn.children = 0.0, [*turn.children, session]
+                spawned_s = groups[parent][max(0, begun - 1)].end_s if self.shared_clock else start_s
+                session.arrival_s, turn.children = max(0.0, start_s - spawned_s), [*turn.children, session]
         for name, session in built.items():
             if groups[name][0].parent not in built:
                 if starts_s is not None:
@@ -75,16 +83,17 @@ class Trace:
 
 def _session(key: int, calls: list[Call]) -> Session:
     """Turns whose prompts are as long as recorded; a shrunken or rewritten context starts anew."""
-    turns = [Turn(calls[0].input_len, calls[0].output_len)]
-    context = calls[0].input_len + calls[0].output_len
+    first, shared = calls[0], calls[0].prefix_tokens
+    turns = [Turn(first.input_len - shared, first.output_len)]
+    context = first.input_len + first.output_len
     for before, call in pairwise(calls):
-        turns[-1].pause_after_s, turns[-1].pause_kind = call.pause_s or 0.0, "recorded"
+        turns[-1].pause_after_s, turns[-1].pause_kind = call.pause_s or 0.0, call.waited_for
         rewritten = call.reusable_tokens and call.reusable_tokens < 0.5 * before.input_len
         anew = rewritten or call.input_len < 0.8 * before.input_len
-        context = 0 if anew else context
+        context = shared if anew else context
         turns.append(Turn(max(1, call.input_len - context), call.output_len, compact_to=0 if anew else None))
         context += turns[-1].new_tokens + turns[-1].output_len
-    return Session(key, calls[0].arrival_s, turns, path=calls[0].path)
+    return Session(key, first.arrival_s, turns, first.prefix_id, shared, first.path)
 
 
 def read(file: str, trace_format: str) -> Trace:
@@ -99,6 +108,8 @@ def read(file: str, trace_format: str) -> Trace:
     if not answered:
         raise UserError(f"{file}: the trace has no requests")
     trace = Trace(path.name, answered, len(calls) - len(answered), trace_format != "weka")
+    if trace_format == "recorded":
+        _part_interleaved(answered)
     _set_paths([call for call in answered if call.hash_ids])
     _set_pauses(answered)
     start_s = answered[0].arrival_s
@@ -107,7 +118,7 @@ def read(file: str, trace_format: str) -> Trace:
     return trace
 
 
-def _calls(path: Path, columns: str, parse: Callable[[Any], Call]) -> Iterator[Call]:
+def _calls(path: Path, columns: str, parse: Callable[[Any], Call | None]) -> Iterator[Call]:
     """Calls of a file: rows of a CSV file that has these columns, or lines that `parse` takes apart."""
     number = 0
 
@@ -125,7 +136,7 @@ def _calls(path: Path, columns: str, parse: Callable[[Any], Call]) -> Iterator[C
                 rows, names = csv.DictReader(rows), columns.split(",")
                 if missing := [name for name in names if name not in (rows.fieldnames or names)]:
                     raise ValueError(f"no column {missing[0]!r}; it needs {columns}")
-            yield from map(parse, rows)
+            yield from filter(None, map(parse, rows))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a text file ({error})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -162,6 +173,30 @@ def _burstgpt(row: Row) -> Call:
     return Call(at_s, *lengths, session=session or "", elapsed_s=float(elapsed or 0))
 
 
+def _recorded(line: str) -> Call | None:
+    row = json.loads(line)
+    if "kit_recording" in row:
+        return None
+    start_s, lengths = float(row["start_s"]), (int(row["input_tokens"]), int(row["output_tokens"]))
+    return Call(
+        start_s, *lengths, row["session"], row["parent"], elapsed_s=float(row["end_s"]) - start_s,
+        prefix_id=int(row["prefix"], 16), prefix_tokens=min(int(row["prefix_tokens"]), lengths[0] - 1),
+        waited_for="tool" if row["tool_results"] else "human",
+    )  # fmt: skip
+
+
+def _part_interleaved(calls: list[Call]) -> None:
+    """A sub-agent that goes on after its parent's next call is several: a turn waits for those it started."""
+    begun: Counter[str] = Counter()
+    named: dict[str, str] = {}
+    for call in calls:
+        own = call.session
+        if call.parent:
+            call.session, call.parent = f"{own}@{begun[call.parent]}", named.get(call.parent, call.parent)
+        begun[own] += 1
+        named[own] = call.session
+
+
 def _set_paths(calls: list[Call]) -> None:
     """Merge hash blocks that always occur together into extents: one node of a prefix tree each."""
     nodes: dict[tuple[int, int], int] = {}
@@ -185,14 +220,17 @@ def _set_pauses(calls: list[Call]) -> None:
         if call.session:
             if call.pause_s is None and call.session in ended:
                 call.pause_s = max(0.0, call.arrival_s - ended[call.session])
-            ended[call.session] = call.arrival_s + call.elapsed_s
+            ended[call.session] = call.end_s
+            if call.parent in ended:  # whose next call waits for this one
+                ended[call.parent] = max(ended[call.parent], call.end_s)
 
 
-READERS: dict[str, tuple[str, Callable[[Any], Call]]] = {
+READERS: dict[str, tuple[str, Callable[[Any], Call | None]]] = {
     "azure": ("TIMESTAMP,ContextTokens,GeneratedTokens", _azure),
     "mooncake": ("", _mooncake),
     "weka": ("trace,agent,t_s,in_tokens,out_tokens,seen_blocks_prefix,api_time_s,think_time_s", _weka),
     "burstgpt": ("Timestamp,Request tokens,Response tokens", _burstgpt),
+    "recorded": ("", _recorded),
 }
 
 

@@ -256,7 +256,7 @@ def test_turns_share_their_prefix_and_wait_for_children() -> None:
     with serving(paced(0.01, 0.005)) as server:
         got = run(server, "burst", 2, source=lambda n: two)
     assert got["sent"] == got["completed"] == 8
-    asked = [request["messages"] for request in server.requests[2:]]
+    asked = [request["messages"] for request in server.requests[3:]]  # after the probes, one with a system message
     assert len({json.dumps(messages[0]) for messages in asked if messages[0]["role"] == "system"}) == 1
     longest = max(asked, key=len)
     assert [m["role"] for m in longest] == ["system", *["user", "assistant"] * 2, "user"]
@@ -535,7 +535,7 @@ def _cli_levels(workload: str) -> Any:
     from kit.cli.load import _levels
 
     asked = dict.fromkeys(("request_rate", "burst", "concurrency", "trace", "duration"))
-    return _levels({**asked, "workload": workload, "requests": 3, "seed": 0})
+    return _levels({**asked, "workload": workload, "requests": 3, "seed": 0, "speed": 1.0})
 
 
 def test_workloads_and_traces_are_replayed(tmp_path: Path) -> None:

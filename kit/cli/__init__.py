@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate": "ten minutes of probes of a live server, for predict and simulate",
     "record": "what agents ask of a server, as a workload to play again",
     "deploy": "a bundle to run it: engines, NGINX, monitoring; and the check of one",
+    "tune": "max_num_seqs and its companions for an SLO, confirmed in few engine starts",
     "run": "the notebooks through papermill into a report",
 }
 

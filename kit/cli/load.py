@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ARRIVALS: dict[str, type[int] | type[float]] = {"burst": int, "concurrency": int, "request_rate": float}
 POSITIVE = ("input_tokens", "output_tokens", "requests", "duration", "workers", "burstiness", "timeout_s",
-            "slo_ttft_s", "slo_tpot_s")  # fmt: skip
+            "speed", "slo_ttft_s", "slo_tpot_s")  # fmt: skip
 
 
 def command(
@@ -26,15 +26,16 @@ def command(
     model: Annotated[str, Option(help="the model name that the server knows")],
     input_tokens: Annotated[int | None, Option(help="prompt tokens of each request")] = None,
     output_tokens: Annotated[int | None, Option(help="answer tokens of each request")] = None,
-    workload: Annotated[str | None, Option(help="key of data/workloads, or a YAML file")] = None,
+    workload: Annotated[str | None, Option(help="key of data/workloads, a YAML file or a recording")] = None,
     trace: Annotated[str | None, Option(help="trace file to replay")] = None,
-    trace_format: Annotated[str | None, Option(help="azure, mooncake, weka, burstgpt")] = None,
+    trace_format: Annotated[str | None, Option(help="azure, mooncake, weka, burstgpt, recorded")] = None,
     burst: Annotated[str | None, Option(help="N at once; 100,1000 for levels")] = None,
     concurrency: Annotated[str | None, Option(help="N streams, each goes on when it ends")] = None,
     request_rate: Annotated[str | None, Option(help="arrivals per second")] = None,
     burstiness: Annotated[float, Option(help="CV of the gaps; 1 is Poisson")] = 1.0,
     requests: Annotated[int | None, Option(help="how many requests, or sessions")] = None,
     duration: Annotated[float | None, Option(help="seconds in which they start")] = None,
+    speed: Annotated[float, Option(help="divides the gaps and pauses of sessions' own times")] = 1.0,
     slo_ttft_s: SloTtft = None,
     slo_tpot_s: SloTpot = None,
     api_key_env: Annotated[str | None, Option(help="environment variable with the key")] = None,
@@ -120,9 +121,9 @@ def _levels(asked: dict[str, Any]) -> "list[Level]":
         return [plan.level(given[0], value, source, **more) for value in _values(given[0], asked[given[0]])]
     if asked["workload"]:
         drawn = generate(load(asked["workload"]), seed, sessions=requests, duration_s=duration)
-        return [plan.own_arrivals(drawn, duration)]
+        return [plan.own_arrivals(plan.faster(drawn, asked["speed"]), duration)]
     if asked["trace"]:
         trace = read(asked["trace"], asked["trace_format"])
         if trace.shared_clock:
-            return [plan.own_arrivals(islice(trace.sessions(), requests), duration)]
+            return [plan.own_arrivals(plan.faster(islice(trace.sessions(), requests), asked["speed"]), duration)]
     raise UserError("give one of --burst, --concurrency, --request-rate")

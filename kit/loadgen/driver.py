@@ -179,7 +179,7 @@ class Driver:
         self.recorder.finished.append(call)
         conversation.over = conversation.last or reason is not None
         if reason is None and not conversation.last:
-            conversation.answered("".join(call.parser.text or []))
+            conversation.answered("".join(call.parser.text or []), call.parser.usage.get("total_tokens"))
         elif not conversation.last:
             self.unsent_turns += len(conversation.session.turns) - call.turn - 1
         children = turn.children if reason is None else ()

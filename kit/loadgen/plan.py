@@ -129,6 +129,16 @@ def laps(sessions: list[Session]) -> Iterator[Session]:
     return (replace(one, key=one.key + lap * LAP_KEYS) for lap in count() for one in sessions)
 
 
+def faster(sessions: Iterable[Session], speed: float) -> Iterator[Session]:
+    """The sessions with every gap and pause divided by `speed`."""
+    for one in sessions:
+        turns = [
+            replace(turn, pause_after_s=turn.pause_after_s / speed, children=list(faster(turn.children, speed)))
+            for turn in one.turns
+        ]
+        yield replace(one, arrival_s=one.arrival_s / speed, turns=turns)
+
+
 def own_arrivals(sessions: Iterable[Session], duration_s: float | None = None) -> Level:
     """A level of sessions, ordered by arrival, at the times that they bring along, the first at 0."""
     ordered = list(sessions)

@@ -18,8 +18,8 @@ TOKENS_PER_WORD = (0.5, 8.0)  # 5.4 with one token per character
 OVERHEAD_TOKENS = (-2.0, 1000.0)
 
 
-def calibrate(target: Target, salt: int) -> tuple[Target, PromptModel, list[str]]:
-    """Two one-token requests: prompt tokens = overhead + tokens_per_word * words.
+def calibrate(target: Target, salt: int, system: bool = False) -> tuple[Target, PromptModel, list[str]]:
+    """Two one-token requests: prompt tokens = overhead + tokens_per_word * words; one more with a `system` message.
 
     Also finds a server that refuses ignore_eos. Raises UserError where nothing listens, or where
     the server refuses the key, the model or the request as such.
@@ -45,12 +45,19 @@ def calibrate(target: Target, salt: int) -> tuple[Target, PromptModel, list[str]
         TOKENS_PER_WORD[0] <= per_word <= TOKENS_PER_WORD[1] and OVERHEAD_TOKENS[0] <= overhead <= OVERHEAD_TOKENS[1]
     ):
         return target, plain, [*warnings, f"usage.prompt_tokens of the probes {counts} is not plausible"]
-    return target, PromptModel(salt, per_word, overhead), warnings
+    prompts = PromptModel(salt, per_word, overhead)
+    if system:
+        _, body = _ask(target, plain, PROBE_WORDS[0], system=True)
+        more = sum(map(int, PROMPT_TOKENS.findall(body)[-1:])) - counts[0] - per_word * PROBE_WORDS[0]
+        if -1 <= more <= OVERHEAD_TOKENS[1]:  # a model without such a message refuses it
+            prompts = replace(prompts, system_tokens=more)
+    return target, prompts, warnings
 
 
-def _ask(target: Target, prompts: PromptModel, words: int) -> tuple[int | str, bytes]:
+def _ask(target: Target, prompts: PromptModel, words: int, system: bool = False) -> tuple[int | str, bytes]:
     """One blocking request for one token: status and body, or why there is none."""
-    data = request_bytes(target, [("user", prompts.text(f"probe {words}", words))], 1)
+    texts = [(role, prompts.text(f"probe {role} {words}", words)) for role in ("system", "user")]
+    data = request_bytes(target, texts[0 if system else 1 :], 1)
     try:
         sock = socket.create_connection(target.address, min(PROBE_TIMEOUT_S, target.timeout_s))
         if target.tls:

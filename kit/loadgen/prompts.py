@@ -28,11 +28,12 @@ LABEL_WORDS = 8  # 87 words to the 8th power: labels of one run and of two runs 
 
 @dataclass(frozen=True)
 class PromptModel:
-    """What prompt words cost here: tokens = overhead + tokens_per_word * words."""
+    """What prompt words cost here: tokens = overhead (of a turn) + system's (if any) + tokens_per_word * words."""
 
     salt: int
     tokens_per_word: float = 1.0
     overhead_tokens: float = 0.0
+    system_tokens: float = 0.0
 
     def text(self, key: str, tokens: float) -> bytes:
         """About `tokens` tokens of text (needs no JSON escaping), the same for the same key."""
@@ -62,6 +63,7 @@ class Conversation:
         self.input_lens = session.input_lens()
         self.key: str = f"{parent.key}.{session.key}" if parent else str(session.key)
         self.messages: list[tuple[str, bytes]] = []
+        self.held_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -75,14 +77,17 @@ class Conversation:
     def ask(self) -> None:
         """Add the new text of this turn to the transcript, which a compaction begins again."""
         turn, shared = self.session.turns[self.turn], self.session.shared_prefix_tokens
+        tokens, parts = turn.new_tokens - self.prompts.overhead_tokens, list[bytes]()
         if self.turn == 0 or turn.compact_to is not None:
             label = f"prefix {self.session.prefix_id}"
-            self.messages = [("system", self.prompts.text(label, shared))] if shared else []
-        if turn.compact_to is not None:
+            tokens -= self.prompts.system_tokens if shared else 0.0
+            fitting = shared + min(0.0, tokens - 1)  # where headers leave less than a word for the turn
+            self.messages = [("system", self.prompts.text(label, fitting))] if shared else []
+        elif self.held_tokens is not None:  # as the server counts, headers of messages included
+            tokens += self.input_lens[self.turn] - turn.new_tokens - self.held_tokens
+        if turn.compact_to:
             self.messages.append(("user", self.prompts.text(f"{self.key} summary {self.turn}", turn.compact_to)))
-        tokens, parts = float(turn.new_tokens), []
         if self.turn == 0:
-            tokens -= self.prompts.overhead_tokens
             done = 0
             for extent, end in self.session.path:  # text that other sessions of a trace share
                 parts.append(self.prompts.text(f"extent {extent}", end - done))
@@ -91,8 +96,9 @@ class Conversation:
             parts.append(self.prompts.text(f"{self.key} turn {self.turn}", tokens))
         self.messages.append(("user", b" ".join(parts)))
 
-    def answered(self, text: str) -> None:
-        """Add the server's answer, and move to the next turn."""
+    def answered(self, text: str, held_tokens: int | None = None) -> None:
+        """Add the server's answer, and move to the next turn; it counts that many tokens until here."""
+        self.held_tokens = held_tokens
         self.messages.append(("assistant", json.dumps(text or " ")[1:-1].encode()))
         self.turn += 1
 

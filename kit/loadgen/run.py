@@ -52,6 +52,7 @@ def measure(
     if out is not None:
         _claim(out, config or {})
     summaries, probed = [], None
+    system = any(session.shared_prefix_tokens for level in levels for session in level.sessions)
     for level in levels:
         folder = out if out is None or len(levels) == 1 else out / level.name
         done = folder / "summary.json" if folder else None
@@ -59,7 +60,7 @@ def measure(
             options.log(f"{level.name}: already measured, taken from {done}\n")
             summaries.append(json.loads(done.read_text(encoding="utf-8")))
             continue
-        target, prompts, warnings = probed = probed or calibrate(target, int.from_bytes(os.urandom(8)))
+        target, prompts, warnings = probed = probed or calibrate(target, int.from_bytes(os.urandom(8)), system)
         summary = _run_level(target, level, prompts, options, _fresh_records(folder) if folder else None)
         summary["warnings"] = warnings + summary["warnings"]
         if done:

@@ -22,26 +22,33 @@ from kit.errors import UserError, unknown
 from kit.workload.arrivals import Burst
 from kit.workload.body import Workload
 from kit.workload.distribution import Distribution
+from kit.workload.recording import recording
 from kit.workload.session import Session, Turn
 
 __all__ = ["Distribution", "Session", "Turn", "Workload", "generate", "load", "names"]
 
+SUFFIXES = ".yaml", ".jsonl"
+RECORDING = b'{"kit_recording"'  # how a file of kit record begins
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "workloads"
 
 
 def names() -> list[str]:
     """Keys of data/workloads."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in FOLDER.iterdir() if path.suffix in SUFFIXES)
 
 
 def load(name: str) -> Workload:
-    """The workload with this key, or of this YAML file; UserError names file and field."""
+    """The workload with this key, of this YAML file or recording; UserError names file and field, or line."""
     import yaml
     from pydantic import ValidationError
 
-    path = Path(name) if Path(name).is_file() else FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    places = (Path(name), *(FOLDER / f"{name}{suffix}" for suffix in SUFFIXES))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         raise unknown("workload", name, names())
+    with path.open("rb") as file:
+        if file.read(len(RECORDING)) == RECORDING:
+            return recording(path)
     try:
         return Workload.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,0 +1,298 @@
+"""Bytes from the client to the upstream and back, chunk by chunk, and a row for each model call."""
+
+import asyncio
+import errno
+import json
+import os
+import re
+import ssl
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httptools
+
+from kit.errors import UserError
+from kit.loadgen.plan import Target
+from kit.loadgen.stream import StreamParser
+from kit.record.calls import PARENT, SESSION, Asked
+from kit.record.sessions import Sessions
+
+MODEL_CALLS = b"/chat/completions", b"/completions"
+OWN = {b"connection", b"keep-alive", b"host", b"content-length", b"transfer-encoding", b"accept-encoding", b"expect",
+       SESSION, PARENT}  # fmt: skip
+ASK_USAGE = b'{"stream_options":{"include_usage":true},'
+STREAMS = re.compile(rb'"stream"\s*:\s*true')
+# The event that tells usage alone, which a client that did not ask for it shall not see.
+USAGE_EVENT = re.compile(rb'data: ?\{(?=[^\n]*"choices": ?\[\])(?=[^\n]*"usage": ?\{)[^\n]*\n\r?\n')
+EVENT_END = re.compile(rb"\n\r?\n")
+CONNECT_TIMEOUT_S = 10.0
+
+
+def upstream(url: str) -> Target:
+    """The server behind the proxy; UserError where nothing answers there."""
+    import socket
+
+    try:
+        target = Target(url, "")
+        socket.create_connection(target.address, CONNECT_TIMEOUT_S).close()
+    except UserError:
+        raise UserError(f"--upstream {url!r}: want http://HOST:PORT or https://HOST") from None
+    except OSError as error:
+        raise UserError(f"--upstream {url}: cannot be reached ({error.strerror or error})") from None
+    return target
+
+
+class Client(asyncio.Protocol):
+    """One connection of an agent: its requests, one after another."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self.recorder = recorder
+        self.call: Answer | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.parser: Any = httptools.HttpRequestParser(self)
+        self.recorder.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.recorder.connections.discard(self)
+        self.parser = None
+        if self.call is not None:
+            self.call.left()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.refuse(400, f"not HTTP: {error}")
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self.began_s = monotonic()
+        self.url, self.body, self.headers = b"", bytearray(), list[tuple[bytes, bytes]]()
+
+    def on_url(self, url: bytes) -> None:
+        self.url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        Answer(self, self.recorder)
+
+    def refuse(self, status: int, why: str) -> None:
+        """An answer of the proxy's own, in OpenAI's form."""
+        body = json.dumps({"error": {"message": f"kit record: {why}", "type": "proxy", "code": status}}).encode()
+        head = b"HTTP/1.1 %d Error\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        self.transport.write(head % (status, len(body)) + body)
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to the server, used again."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self.recorder, self.used = recorder, 0
+        self.answer: Answer | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        answer = self.answer
+        if answer is None:
+            self.transport.abort()
+            return
+        answer.feed(data, monotonic())
+        if answer.complete or answer.reason == "garbage":
+            self.answer = None
+            self.recorder.idle.append(self) if answer.complete and answer.keep else self.transport.close()
+            answer.over()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        with suppress(ValueError):
+            self.recorder.idle.remove(self)
+        if self.answer is not None:
+            self.answer.lost(retry=self.used > 1)
+
+    def send(self, answer: "Answer") -> None:
+        """Put the request of an answer on the wire."""
+        self.answer, answer.connection = answer, self
+        self.used += 1
+        self.transport.write(answer.request)
+
+
+class Answer(StreamParser):
+    """One request and its answer on the way back: passed on first, looked at second."""
+
+    def __init__(self, client: Client, recorder: "Recorder") -> None:
+        super().__init__(keep_text=recorder.content)
+        self.client, self.recorder, self.began_s = client, recorder, client.began_s
+        self.connection: Upstream | None = None
+        self.is_call = client.url.partition(b"?")[0].endswith(MODEL_CALLS)
+        self.whole, self.held, self.lines, self.phrase = b"", b"", list[bytes](), b""
+        body = bytes(client.body)
+        self.hides = self.is_call and bool(STREAMS.search(body)) and b'"stream_options"' not in body
+        self.request = self._request(body.replace(b"{", ASK_USAGE, 1) if self.hides else body)
+        self.keep = self.framed = False
+        client.call = self
+        recorder.forward(self)
+        self.asked = Asked(body, client.headers, recorder.sessions) if self.is_call else None
+
+    def _request(self, body: bytes) -> bytes:
+        client, host = self.client, self.recorder.host
+        lines = [client.parser.get_method() + b" " + self.recorder.root + client.url + b" HTTP/1.1", b"host: " + host]
+        lines += [name + b": " + value for name, value in client.headers if name not in OWN]
+        return b"\r\n".join([*lines, b"content-length: %d" % len(body), b"", body])
+
+    def on_status(self, status: bytes) -> None:
+        self.phrase = status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        kept = name.lower() not in OWN or (name.lower() == b"content-length" and not self.hides)
+        self.framed |= kept and name.lower() == b"content-length"
+        self.lines += [name + b": " + value] * kept
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self.keep = self._http.should_keep_alive()
+        lines = self.lines + [b"transfer-encoding: chunked"] * (not self.framed)
+        head = b"HTTP/1.1 %d %s" % (self._http.get_status_code(), self.phrase)
+        self.client.transport.write(b"\r\n".join([head, *lines, b"", b""]))
+
+    def on_body(self, body: bytes) -> None:
+        self._pass_on(body)
+        if self.is_call and not self._is_events:
+            self.whole += body
+        super().on_body(body)
+
+    def _pass_on(self, body: bytes, end: bool = False) -> None:
+        if self.hides:
+            self.held += body
+            ends = (found.end() for found in EVENT_END.finditer(self.held))
+            cut = len(self.held) if end else max(ends, default=0)
+            body, self.held = USAGE_EVENT.sub(b"", self.held[:cut]), self.held[cut:]
+        if body:
+            self.client.transport.write(body if self.framed else b"%x\r\n%b\r\n" % (len(body), body))
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._pass_on(b"", end=True)
+        if not self.framed:
+            self.client.transport.write(b"0\r\n\r\n")
+        if self.whole and self.status == 200:
+            with suppress(ValueError, LookupError, TypeError, AttributeError):
+                told = json.loads(self.whole)
+                self.usage, choice = told["usage"], told["choices"][0]
+                self.finish_reason = choice["finish_reason"]
+                self.text = [choice["message"]["content"]] if self.recorder.content else None
+
+    def failure(self) -> str | None:
+        """Why it is no answer; None for a good one."""
+        if self._is_events:
+            return self.outcome()
+        return self.reason or (None if self.status == 200 else f"http_{self.status}")
+
+    def lost(self, retry: bool = False) -> None:
+        """The upstream closed: that ends an answer without length, else the answer is cut off."""
+        self.connection = None
+        if retry and self.status is None and not self.lines:
+            self.recorder.forward(self, new=True)
+            return
+        self.close()
+        if not self.complete:
+            self.reason = self.reason or "cut"
+            if self._head_done:
+                self.client.transport.abort()
+            else:
+                self.client.refuse(502, "the upstream closed the connection")
+        self.over()
+
+    def left(self) -> None:
+        """The client is gone: so is the upstream's reason to go on."""
+        self.reason = self.reason or "client_left"
+        if self.connection is not None:
+            self.connection.answer = None
+            self.connection.transport.abort()
+        self.over()
+
+    def over(self) -> None:
+        """Write the row and let go of everything."""
+        self.client.call = None
+        if self.asked is not None:
+            self.recorder.write(self, self.asked)
+        del self._http  # it refers back to this object
+
+
+class Recorder:
+    """Connections, sessions and the file; `listen` serves it."""
+
+    connection = Client
+
+    def __init__(self, target: Target, out: Path, content: bool = False) -> None:
+        self.target, self.content, self.sessions = target, content, Sessions()
+        self.host, port = target.address[0].encode(), target.address[1]
+        self.host += b":%d" % port
+        self.root = target.path.removesuffix("/v1/chat/completions").encode()
+        self.tls = ssl.create_default_context() if target.tls else None
+        self.connections, self.idle = set[Client](), list[Upstream]()
+        self.calls, self.tasks, self.began_s = 0, set[asyncio.Task[None]](), monotonic()
+        try:
+            self.file = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from None
+        self._append({"kit_recording": 1, "started_utc": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def forward(self, answer: Answer, new: bool = False) -> None:
+        """Send it on a connection that is free, else on a new one."""
+        if self.idle and not new:
+            self.idle.pop().send(answer)
+            return
+        task = asyncio.get_running_loop().create_task(self._on_new(answer))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _on_new(self, answer: Answer) -> None:
+        open_one = asyncio.get_running_loop().create_connection(
+            lambda: Upstream(self), *self.target.address, ssl=self.tls
+        )
+        try:
+            _, connection = await asyncio.wait_for(open_one, CONNECT_TIMEOUT_S)
+        except (OSError, TimeoutError) as error:
+            answer.reason = "connect"
+            answer.client.refuse(502, f"the upstream cannot be reached ({error})")
+            answer.over()
+            return
+        if answer.client.call is answer:
+            connection.send(answer)
+        else:
+            connection.transport.close()  # the client has left meanwhile
+
+    def write(self, answer: Answer, asked: Asked) -> None:
+        """Append the row of a call that is over; a full disk stops the recording, never the agents."""
+        first = answer.times[0] - self.began_s if answer.times else None
+        start_s, end_s = answer.began_s - self.began_s, monotonic() - self.began_s
+        told: dict[str, Any] = {"start_s": start_s, "first_token_s": first, "end_s": end_s}
+        told |= {"failure": answer.failure(), "finish_reason": answer.finish_reason}
+        told |= asked.counted(answer.usage, answer.output_tokens())
+        if self.content:
+            told |= {"asked": asked.body, "answer": "".join(answer.text or [])}
+        self.calls += 1
+        try:
+            self._append(asked.told | told)
+        except OSError as error:
+            sys.stderr.write(f"kit record: this call is not recorded: {error.strerror}\n")
+
+    def _append(self, record: dict[str, Any]) -> None:
+        data = json.dumps(record).encode() + b"\n"
+        before = os.fstat(self.file).st_size
+        if os.write(self.file, data) < len(data):
+            os.ftruncate(self.file, before)  # no line is ever half there
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
