@@ -5,21 +5,23 @@
 
 Rules, dashboards and autoscalers may use no other names (kit deploy check). Values are left out: on a
 CPU they are nobody's. A counter that is born with its first event needs that event, so the engine gets
-streams, an answer that is not streamed, a refused request and a stream that its client gives up.
+streams, an answer that is not streamed, a refused request, a stream that its client gives up, and more
+requests than its KV pool holds.
 """
 
 import datetime
 import json
+import re
 import socket
 import sys
 import tempfile
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from kit.deploy.watch import PAGES
 from kit.engine_config import engine_data
@@ -30,20 +32,24 @@ OWN = ("python_", "process_")  # of the server's Python, not of serving
 
 
 def told(text: str) -> dict[str, dict[str, Any]]:
-    """Type, labels and, for histograms, edges of every metric on a page."""
+    """Type, labels and, for histograms, edges of every metric on a page that has a sample, spelled as it is there."""
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
     found: dict[str, dict[str, Any]] = {}
-    for family in text_string_to_metric_families(text):
-        if family.name.startswith(OWN) or family.name.endswith("_created") or not family.samples:
+    for name, given in re.findall(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? \S+$", text, re.MULTILINE):
+        stem = name if name in kinds else re.sub(r"_(bucket|sum|count)$", "", name)
+        if stem.startswith(OWN) or stem.endswith("_created"):
             continue
-        name = family.name + "_total" * (family.type == "counter" and family.samples[0].name.endswith("_total"))
-        labels = sorted(
-            {label for sample in family.samples for label in sample.labels if label not in ("le", "quantile")}
-        )
-        found[name] = {"type": family.type, "labels": labels}
-        edges = sorted({sample.labels["le"] for sample in family.samples if "le" in sample.labels}, key=float)
-        if edges:
-            found[name]["edges"] = edges[:-1]
-    return found
+        one = found.setdefault(stem, {"type": kinds[stem], "labels": set(), "edges": []})
+        labels = dict(re.findall(r'(\w+)="((?:[^"\\\\]|\\\\.)*)"', given))
+        edge = labels.pop("le", None)
+        labels.pop("quantile", None)
+        one["labels"] |= labels.keys()
+        if edge not in (None, "+Inf", *one["edges"]):
+            one["edges"].append(edge)
+    return {
+        name: {"type": one["type"], "labels": sorted(one["labels"])} | ({"edges": one["edges"]} if one["edges"] else {})
+        for name, one in found.items()
+    }
 
 
 def write(name: str, how: str, metrics: dict[str, Any]) -> None:
@@ -85,7 +91,7 @@ def give_up(host: str, port: int, model: str) -> None:
 def engine_page(engine: str) -> tuple[str, str]:
     """The page of the engine in .engines after it served, and its version."""
     model, data = ENVIRONMENTS / "tiny-model", engine_data(engine)
-    flags = {"--enable-metrics": ""} if engine == "sglang" else {}
+    flags = {"--enable-metrics": "", "--max-total-tokens": 512} if engine == "sglang" else {}
     with tempfile.TemporaryDirectory() as folder:
         at = launch(engine, str(model), flags, port=free_port(), served_model_name="tiny")
         with start(at, Path(folder) / "log", tell=print) as running:
@@ -93,6 +99,8 @@ def engine_page(engine: str) -> tuple[str, str]:
             statuses.append(ask(at.base_url, "tiny", max_tokens=10_000_000))
             give_up(at.host, at.port, "tiny")
             statuses.append(ask(at.base_url, "tiny"))
+            with ThreadPoolExecutor(12) as crowd:  # more than the pool holds: some are taken back and computed again
+                statuses += crowd.map(lambda _: ask(at.base_url, "tiny", max_tokens=150, ignore_eos=True), range(24))
             print("answers:", statuses)
             with urllib.request.urlopen(at.base_url + data["metrics"]["path"]) as answer:
                 text = answer.read().decode()
@@ -108,6 +116,6 @@ if __name__ == "__main__":
         page, version = engine_page(sys.argv[1])
         write(
             f"{sys.argv[1]}-{version}",
-            "the engine on a CPU with a tiny model, after streams, a refusal and an abort",
+            "the engine on a CPU with a tiny model, after streams, a refusal, an abort and a crowd",
             told(page),
         )

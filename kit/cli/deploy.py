@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ def command(
     run: Annotated[Path, typer.Option(help="runs of the walkthrough, whose tuned flags are used")] = Path("runs"),
     out: Annotated[Path | None, typer.Option(help="folder of the bundle; its values.yaml is kept")] = None,
     json_output: options.Json = False,
-) -> None:
+) -> int | None:
     """Writes a bundle with its README and values.yaml, or checks one."""
     from kit.deploy import Source, render
     from kit.errors import UserError
@@ -48,12 +49,21 @@ def _text(out: Path, record: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  next: {out}/README.md; change {out}/values.yaml and render again"]) + "\n"
 
 
-def _check(words: list[str], json_output: bool) -> None:
+def _check(words: list[str], json_output: bool) -> int:
+    """Prints each finding; 1 where one failed."""
     from kit.errors import UserError
 
     if words[0] != "check" or len(words) != 2 or not (Path(words[1]) / "bundle.json").is_file():
         raise UserError(f"{' '.join(words)!r}: kit deploy check DIR, where DIR holds a bundle that kit deploy rendered")
-    from kit.deploy.check import check
+    from kit.deploy.check import FAILED, OPEN, PASSED, check
 
     findings = check(Path(words[1]))
-    sys.stdout.write(json.dumps({"findings": findings}) + "\n" if json_output else "\n".join(map(str, findings)) + "\n")
+    counts = {status: sum(one.status == status for one in findings) for status in (PASSED, FAILED, OPEN)}
+    if json_output:
+        told = {name.split(" here")[0].replace(" ", "_"): number for name, number in counts.items()}
+        sys.stdout.write(json.dumps({**told, "findings": [asdict(one) for one in findings]}) + "\n")
+    else:
+        width = max(len(one.check) for one in findings)
+        lines = [f"{one.status:<17}  {one.check:<{width}}  {one.reason}" for one in findings]
+        sys.stdout.write("\n".join([*lines, ", ".join(f"{n} {name}" for name, n in counts.items())]) + "\n")
+    return int(counts[FAILED] > 0)

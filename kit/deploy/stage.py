@@ -99,11 +99,11 @@ def localised(text: str, addresses: Mapping[str, str]) -> str:
 def edge_files(bundle: Path, folder: Path, addresses: Mapping[str, str], ports: Mapping[str, int]) -> None:
     """The edge's files as this machine can run them: addresses, listening ports, a user that may read them."""
     folder.mkdir(parents=True, exist_ok=True)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     for path in sorted((bundle / "edge").iterdir()):
         text = localised(path.read_text(encoding="utf-8"), addresses)
         if path.name == "nginx.conf":
             text = re.sub(r"listen (\d+)", lambda found: f"listen 127.0.0.1:{ports[found[1]]}", text)
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             text = re.sub(r"(worker_rlimit_nofile) (\d+)", lambda found: f"{found[1]} {min(int(found[2]), most)}", text)
             text = "user root;\n" * (os.geteuid() == 0) + text  # workers read the run folder, which is closed to others
         (folder / path.name).write_text(text, encoding="utf-8")
