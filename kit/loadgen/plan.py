@@ -172,4 +172,4 @@ def level(
             raise UserError(f"--request-rate {value:g}: no arrival within {duration_s:g} s")
     pairs = zip(source(len(times)), times, strict=True)
     sessions = [replace(session, arrival_s=at) for session, at in pairs]
-    return Level(f"{kind}-{value:g}", sessions, kind, value, slots, max_concurrency, duration_s, repeat)
+    return Level(f"{kind}-{value:g}", sessions, kind, value, slots, max_concurrency, duration_s, repeat=repeat)
