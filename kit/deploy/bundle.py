@@ -11,11 +11,10 @@ import yaml
 
 from kit import __version__
 from kit.catalog.paths import DATA, load_yaml
-from kit.deploy.context import context
+from kit.deploy.context import TEMPLATES, context
 from kit.deploy.values import Source, defaults
 from kit.errors import UserError, unknown
 
-TEMPLATES = DATA.parent / "docker" / "templates"
 ARCHITECTURES: Mapping[str, Any] = load_yaml(DATA / "deploy.yaml")["architectures"]
 FREE = ("flags", "node_selector")  # maps whose keys are the engine's or the cluster's own
 HEAD = "# Yours to edit: kit deploy keeps this file and renders the others from it.\n"
@@ -68,7 +67,7 @@ def _rendered(values: Mapping[str, Any], architecture: str, target: str) -> dict
             if path.is_file():
                 name = path.relative_to(TEMPLATES / folder if folder == root else TEMPLATES).as_posix()
                 files |= _expand(texts, path, name, values)
-    return files
+    return {name: text.lstrip("\n") for name, text in files.items() if text.strip()}  # what does not apply is empty
 
 
 def _expand(texts: Any, path: Path, name: str, values: Mapping[str, Any]) -> dict[str, str]:

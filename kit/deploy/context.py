@@ -1,133 +1,169 @@
 """What the templates read: values made concrete as containers, addresses, upstreams and images."""
 
 from collections.abc import Mapping
+from itertools import product
 from math import ceil
 from typing import Any
 
 from kit.catalog.paths import DATA, load_yaml
 from kit.deploy import watch
-from kit.deploy.values import facts
+from kit.deploy.values import NODE_GPUS, facts
 from kit.engine_config import engine_data
 from kit.engines.launch import flag_arguments
+from kit.errors import UserError, unknown
 from kit.prices import book, find, own_prices
 from kit.scenario import Scenario
 
-PORT = 8000
-GPU_PORT = 9400
+TEMPLATES = DATA.parent / "docker" / "templates"
+PORT, GPU_PORT, EXPORTER_PORT = 8000, 9400, 9113
 POINTS = 10  # least weight: a consistent hash puts 160 points on its ring for each unit
 DEFAULTS = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_dtype": "auto"}
+BALANCE = ("consistent-hash", "sticky-least-loaded")
+Pools = list[dict[str, Any]]
 
 
 def context(case: Scenario, architecture: str, target: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Every name that templates may use."""
     data = load_yaml(DATA / "deploy.yaml")
-    pools = _pools(case, values, data)
-    edge = dict(values["edge"])
-    edge["listen"] = edge["port"]
-    edge |= {"status_port": 8081, "upstream": "engines", "upstream_port": None}
-    if architecture == "tiered":
+    made: dict[str, Any] = {**values, "case": case, "architecture": architecture, "target": target}
+    made["pools"] = pools = _pools(case, values, data, target == "kubernetes")
+    rows = own_prices(case.prices) + book()
+    for one, market in product(pools, ("spot", "on_demand")):
+        price = find(one["gpu"], market, rows)
+        one[f"{market}_price"] = price and round(price.usd_per_hour(market) * one["gpu_count"], 4)
+    made |= {"what": data["architectures"][architecture]["what"], "versions": data["versions"]}
+    made["images"] = {
+        name: one["image"] + (f"@{one['digest']}" if one["digest"] else "") for name, one in data["images"].items()
+    }
+    made["remotes"] = [one for one in pools if one["place"] == "remote"]
+    made["counters"] = (TEMPLATES / "monitoring" / "dcgm-counters.csv").read_text(encoding="utf-8")
+    made |= _edge(values["edge"], pools, architecture)
+    made["warnings"] = _warnings(case, architecture, target, pools)
+    return made | {"watch": _watch(case, target, pools)}
+
+
+def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str, Any]:
+    """What NGINX passes requests to: engines as one upstream, or a router that spreads them."""
+    if given["balance"] not in BALANCE:
+        raise unknown("edge.balance", given["balance"], BALANCE)
+    edge = {**given, "status_port": 8081, "upstream": "engines", "upstream_port": None}
+    upstreams = [{"name": "engines", "port": None, "pools": pools}]
+    if architecture == "tiered":  # LiteLLM comes back to one port for each pool
         edge |= {"upstream": "litellm", "upstream_port": 4000}
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]
-    else:
-        upstreams = [{"name": "engines", "port": None, "pools": pools}]
-        if edge["balance"] == "sticky-least-loaded":
-            edge |= {"upstream": "router", "upstream_port": PORT}
-    for one in upstreams:
-        one["engines"] = [engine for pool in one["pools"] for engine in pool["engines"]]
-    images = {name: _pinned(one["image"], one["digest"]) for name, one in data["images"].items()}
-    made = {**values, "edge": edge, "pools": pools, "upstreams": upstreams, "images": images, "case": case}
-    made |= {"title": case.title, "architecture": architecture, "target": target, "versions": data["versions"]}
-    made |= {
-        "remotes": [one for one in pools if one["place"] == "remote"],
-        "what": data["architectures"][architecture]["what"],
-    }
-    return made | {"watch": _watch(case, target, made)}
+    elif architecture == "single-node" and given["balance"] != BALANCE[0]:
+        edge |= {"upstream": "router", "upstream_port": PORT}
+    engines = [[engine for pool in one["pools"] for engine in pool["engines"]] for one in upstreams]
+    return {"edge": edge, "upstreams": [one | {"engines": own} for one, own in zip(upstreams, engines, strict=True)]}
 
 
-def _pools(case: Scenario, values: Mapping[str, Any], data: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _pools(case: Scenario, values: Mapping[str, Any], data: Mapping[str, Any], cluster: bool) -> Pools:
     """Pools with their containers; local engines take the host's GPUs in order, remote ones a machine each."""
-    pools, first_gpu, machines = [], 0, 10
-    subnet = values.get("private_network", {}).get("subnet")
+    pools: Pools = []
+    taken, machine = 0, 10  # GPUs of this host, last number of an address
     for name, given in values["pools"].items():
         one = {**given, "name": name, "tier": "burst" if name == "spot" else "warm", **facts(case, given)}
         one |= _container(one, data["engines"][one["engine"]], values["limits"]["drain_s"])
-        stem = "engine" if len(values["pools"]) == 1 else name
-        one["engines"] = []
-        for number in range(one["replicas"]):
-            own = {
-                "name": f"{stem}-{number}",
-                "host": f"{stem}-{number}",
-                "port": PORT,
-                "health_path": one["health_path"],
-            }
-            begin = first_gpu + number // one["replicas_per_gpu"] * one["gpu_count"]
+        one |= {"nodes": ceil(one["gpu_count"] / NODE_GPUS), "engines": []}
+        for number in range(max(one["replicas"], values["scale"]["max_replicas"] if cluster else 0)):
+            label = f"{'engine' if len(values['pools']) == 1 else name}-{number}"
+            first, host = taken + number // one["replicas_per_gpu"] * one["gpu_count"], label
             if one["place"] == "remote":
-                machines, begin = machines + 1, 0
-                own["host"] = f"{subnet}.{machines}"
-            own["device_ids"] = [str(gpu) for gpu in range(begin, begin + one["gpu_count"])]
+                machine, first = machine + 1, 0
+                host = f"{values['private_network']['subnet']}.{machine}"
+            elif cluster:
+                host = f"{label}.engine"  # a leader's name in the LeaderWorkerSet's own service
+            gpus = [str(gpu) for gpu in range(first, first + one["gpu_count"])]
+            own = {"name": label, "host": host, "port": PORT, "health_path": one["health_path"], "device_ids": gpus}
             one["engines"].append(own)
-        first_gpu += ceil(one["replicas"] / one["replicas_per_gpu"]) * one["gpu_count"] * (one["place"] == "local")
+        if one["place"] == "local":
+            taken += ceil(one["replicas"] / one["replicas_per_gpu"]) * one["gpu_count"]
         pools.append(one)
     slowest = min(one["speed"] for one in pools)
     for one in pools:
         one["weight"] = round(POINTS * one["speed"] / slowest)
-        one["engines"] = [{**own, "weight": one["weight"]} for own in one["engines"]]
+        one["engines"] = [own | {"weight": one["weight"]} for own in one["engines"]]
     return pools
 
 
 def _container(pool: Mapping[str, Any], rule: Mapping[str, Any], drain_s: int) -> dict[str, Any]:
     """Image, entry point, arguments and environment of one engine's container."""
-    engine = pool["engine"]
-    data, names = engine_data(engine), engine_data(engine)["flags"]
-    flags = {key: value for key, value in pool["flags"].items() if names.get(key) and value != DEFAULTS.get(key)}
-    arguments, variables = flag_arguments(engine, flags)
+    data = engine_data(pool["engine"])
+    flags = {
+        key: value for key, value in pool["flags"].items() if data["flags"].get(key) and value != DEFAULTS.get(key)
+    }
+    arguments, variables = flag_arguments(pool["engine"], flags)
     fields = {"model": pool["model"], "name": pool["served_model_name"], "drain_s": drain_s}
     path = data["start"]["health"]
-    fetch = [part.format(**fields) for part in rule["fetch"]]
     return {
         "image": pool["image"] or data["start"]["image"].format(version=pool["engine_version"]),
         "entrypoint": rule["entrypoint"],
         "arguments": [part.format(**fields) for part in rule["arguments"]] + arguments + list(pool["extra_arguments"]),
         "environment": rule["environment"] | variables,
-        "fetch": fetch,
+        "fetch": [part.format(**fields) for part in rule["fetch"]],
         "health": [part.format(path=path) for part in rule["health"]],
         "health_path": path,
-        "cache_volume": f"{pool['name']}-cache",
-        "shm": f"{8 * pool['gpu_count']}g",
-        "start_period_s": ceil(2 * pool["start_s"][1]),
-        "host_cpus": 8 * pool["gpu_count"],
-        "host_memory": f"{ceil((pool['weights_gib'] + 24) / 8) * 8}g",
         "user": rule["user"],
+        "cache_volume": f"{pool['name']}-cache",
+        "shm_gib": 8 * min(pool["gpu_count"], NODE_GPUS),
+        "start_period_s": ceil(2 * pool["start_s"][1]),
+        "host_cpus": 8 * min(pool["gpu_count"], NODE_GPUS),
+        "host_memory_gib": ceil((pool["weights_gib"] + 24) / 8) * 8,
+        "dstack_gpu": _dstack_gpu(pool["gpu"], pool["gpu_count"]),
     }
 
 
-def _pinned(image: str, digest: str | None) -> str:
-    return f"{image}@{digest}" if digest else image
+def _dstack_gpu(key: str, count: int) -> str:
+    """A GPU as dstack asks for it.
+
+    >>> _dstack_gpu("h100-sxm-80gb", 2), _dstack_gpu("rtx-5090-32gb", 1)
+    ('H100:80GB:2', 'RTX5090:32GB:1')
+    """
+    words = key.split("-")
+    name = "".join(words[:2]) if words[0] == "rtx" else words[0]
+    return f"{name.upper()}:{words[-1].upper()}:{count}"
 
 
-def _watch(case: Scenario, target: str, made: Mapping[str, Any]) -> dict[str, Any]:
+def _warnings(case: Scenario, architecture: str, target: str, pools: Pools) -> list[str]:
+    """What a reader of the bundle must know before starting it."""
+    told = []
+    held = sum(one["sessions"] * one["replicas"] for one in pools)
+    if held < case.sessions:
+        told.append(f"these engines hold {held:,} of the scenario's {case.sessions:,} sessions at full context")
+    here = sum(one["replicas"] * one["gpu_count"] for one in pools if one["place"] == "local")
+    if target == "compose" and here > NODE_GPUS:
+        raise UserError(
+            f"{architecture}: {here} GPUs on one host, which has at most {NODE_GPUS}; lower pools' replicas"
+        )
+    for one in pools:
+        asked = one["config"].quantization
+        if asked not in ("bf16", "fp8") and asked != one["card_quantization"]:
+            told.append(f"{one['name']}: {asked} weights need a checkpoint of their own: set pools.{one['name']}.model")
+        if one["replicas_per_gpu"] > 1:
+            told.append(f"{one['name']}: {one['shared_kv']}")
+    return told
+
+
+def _watch(case: Scenario, target: str, pools: Pools) -> dict[str, Any]:
     """Who is scraped, and the limits that alerts compare with."""
-    pools, rows = made["pools"], own_prices(case.prices) + book()
-    engines = [(one, pool) for pool in pools for one in pool["engines"]]
-    labels = [{"tier": pool["tier"], "gpu": pool["gpu"]} for _, pool in engines]
-    targets = {
-        "engine": [{"address": f"{one['host']}:{one['port']}", **label} for (one, _), label in zip(engines, labels)]
-    }
-    targets["edge"] = [{"address": "edge-exporter:9113", "tier": "warm", "gpu": "none"}]
-    hosts = {("gpu-exporter" if pool["place"] == "local" else one["host"]): label
-             for (one, pool), label in zip(engines, labels)}  # fmt: skip
-    targets["gpu"] = [{"address": f"{host}:{GPU_PORT}", **label} for host, label in hosts.items()]
-    usd = {}
+    targets: dict[str, list[dict[str, str]]] = {"engine": [], "gpu": []}
+    targets["edge"] = [{"address": f"edge-exporter:{EXPORTER_PORT}", "tier": "warm", "gpu": "none"}]
     for pool in pools:
-        market = "spot" if pool["tier"] == "burst" else "on_demand"
-        price = find(pool["gpu"], market, rows) or find(pool["gpu"], "on_demand", rows)
-        if price:
-            found = getattr(price, market) or price.on_demand
-            usd[pool["tier"]] = round(found * (1 - price.discount_fraction) * pool["gpu_count"], 4)
-    slo = {name: case.slo.get(name) or 1e9 for name in ("ttft_s", "tpot_s")}
-    gpus = sum(pool["replicas"] * pool["gpu_count"] for pool in pools)
-    start_s = max(pool["start_s"][1] for pool in pools)
+        label = {"tier": pool["tier"], "gpu": pool["gpu"]}
+        for one in pool["engines"]:
+            host = one["host"] if pool["place"] == "remote" else "gpu-exporter"
+            targets["engine"].append({"address": f"{one['host']}:{one['port']}", **label})
+            if not any(other["address"] == f"{host}:{GPU_PORT}" for other in targets["gpu"]):
+                targets["gpu"].append({"address": f"{host}:{GPU_PORT}", **label})
+    spot = {one["tier"]: one["spot_price"] for one in pools if one["tier"] == "burst"}
+    usd = {one["tier"]: one["on_demand_price"] for one in pools} | {tier: usd for tier, usd in spot.items() if usd}
     return watch.context(
-        pools[0]["engine"], pools[0]["engine_version"], targets, slo, gpus=gpus, start_s=start_s, usd_per_hour=usd,
+        pools[0]["engine"],
+        pools[0]["engine_version"],
+        targets,
+        {name: case.slo.get(name) or 1e9 for name in ("ttft_s", "tpot_s")},
+        gpus=sum(pool["replicas"] * pool["gpu_count"] for pool in pools),
+        start_s=max(pool["start_s"][1] for pool in pools),
+        usd_per_hour={tier: price for tier, price in usd.items() if price},
         kubernetes=target == "kubernetes",
-    )  # fmt: skip
+    )

@@ -22,6 +22,7 @@ from kit.steptime import fitted, step_time
 from kit.units import GIB
 
 NODE_GPUS = COUNTS[-1]
+NODES = (2 * NODE_GPUS, 3 * NODE_GPUS, 4 * NODE_GPUS)  # where a model fits no single node
 MEASURED = {"provenance": "measured"}
 FLAGS = (
     "tensor_parallel_size", "pipeline_parallel_size", "quantization", "kv_cache_dtype", "gpu_memory_utilization",
@@ -55,19 +56,22 @@ def defaults(source: Source, architecture: str) -> dict[str, Any]:
 def _pools(source: Source, architecture: str) -> dict[str, Any]:
     case, own, gpu = source.case, source.fleet, chosen_gpu(source, architecture)
     if architecture == "burst":
-        warm = pool(source, case.model, gpu, case.sessions)
+        warm = pool(source, case.model, gpu, case.sessions, (case.gpu_count,))
         left = max(1, case.sessions - facts(case, warm | {"replicas": 1})["sessions"])
         spot = pool(source, case.model, own["burst_gpu"] or "rtx-5090-32gb", left, (case.gpu_count,))
         return {"dedicated": warm | {"replicas": 1}, "spot": spot | {"place": "remote"}}
     if architecture == "tiered":
         few = max(1, ceil((1 - own["tier_fraction"]) * case.sessions))
-        small = pool(source, own["tier_model"], own["tier_gpu"], max(1, case.sessions - few))
+        small = pool(source, own["tier_model"], own["tier_gpu"], max(1, case.sessions - few), (1,))
         return {"small": small | {"place": "remote"}, "large": pool(source, case.model, gpu, few)}
-    return {"main": pool(source, case.model, gpu, case.sessions)}
+    counts = (*COUNTS, *NODES) if architecture == "multi-node" else COUNTS
+    main = pool(source, case.model, gpu, case.sessions, counts)
+    most = main["replicas"] if architecture == "multi-node" else NODE_GPUS // main["gpu_count"]
+    return {"main": main | {"replicas": min(most, main["replicas"])}}
 
 
 def chosen_gpu(source: Source, architecture: str) -> str:
-    """The GPU asked for; else an H100 where the architecture is built on one, else the cheapest that holds all."""
+    """The GPU asked for; else an H100 where the architecture is built on one, else one on which an engine takes the fewest, the cheapest of these."""
     case = source.case
     if asked := source.gpu or source.fleet["gpu"]:
         return catalog.gpu(asked).key
@@ -75,13 +79,14 @@ def chosen_gpu(source: Source, architecture: str) -> str:
         return next((key for key in case.gpus if key.startswith("h100")), "h100-sxm-80gb")
     rows, spec = own_prices(case.prices) + book(), catalog.model(case.model)
 
-    def cost(key: str) -> tuple[bool, float]:
+    def cost(key: str) -> tuple[bool, int, float]:
         try:
             held, replicas = _split(source, spec, catalog.gpu(key), case.sessions)
         except UserError:
-            return True, inf
-        price, gpus = find(key, "on_demand", rows), replicas * held.memory.config.gpu_count
-        return gpus > NODE_GPUS, gpus * (price.usd_per_hour("on_demand") if price else inf)
+            return True, NODE_GPUS, inf
+        price, count = find(key, "on_demand", rows), held.memory.config.gpu_count
+        usd = price.usd_per_hour("on_demand") if price else inf
+        return replicas * count > NODE_GPUS, count, replicas * count * usd
 
     return min(case.gpus or ("h100-sxm-80gb",), key=cost)
 
@@ -92,7 +97,7 @@ def _split(
     """A replica, and how many hold the sessions on the fewest GPUs; refused where the model leaves no room."""
     demand, least = replace(source.case.demand(), sessions=sessions), min(source.fleet["min_sessions"], sessions)
     asked = _config(source.case, spec, source.engine)
-    held = [hold(spec, gpu, parallel(spec, replace(asked, gpu_count=count)), demand) for count in counts]
+    held = [hold(spec, gpu, _shaped(spec, asked, count), demand) for count in counts]
     fit = [one for one in held if one.answer.max_concurrent_sessions >= least]
     if not fit:
         room, needed = held[-1].answer.max_concurrent_sessions, replace(demand, sessions=least)
@@ -109,6 +114,14 @@ def _split(
 
     best = min(fit, key=rank)
     return best, -(-sessions // _capacity(source.case, best))
+
+
+def _shaped(spec: ModelSpec, config: EngineConfig, count: int) -> EngineConfig:
+    """Tensor parallel inside a node, pipeline parallel over nodes."""
+    if count <= NODE_GPUS:
+        return parallel(spec, replace(config, gpu_count=count))
+    nodes = count // NODE_GPUS
+    return replace(config, gpu_count=count, tensor_parallel_size=NODE_GPUS, pipeline_parallel_size=nodes)
 
 
 def _capacity(case: Scenario, held: Held) -> int:
@@ -210,10 +223,17 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
             f"replicas_per_gpu {share}: each engine needs a share of its own on one GPU; flags.gpu_memory_utilization "
             f"is {config.gpu_memory_utilization:g}, at most {most:.2f} fits"
         )
+    shared = ""
+    if share > 1:
+        alone = hold(spec, card, replace(asked, gpu_memory_utilization=None), case.demand()).memory
+        shared = (
+            f"{share} engines on one {card.key} keep {share * memory.kv_cache_tokens():,} KV tokens, one engine alone "
+        )
+        shared += f"{alone.kv_cache_tokens():,} (modelled): the weights are there {share} times"
     rows, tokens = min(config.max_num_seqs, held.answer.max_concurrent_sessions), int(mean(case.growth_tokens))
     speed = rows / step_time(spec, card, config).step_s((), rows, rows * tokens)
     weights = memory.weights.size_bytes * values["gpu_count"]
-    start_s = start_up(weights, "network-volume").total_s(warm_host=True)
+    start = start_up(weights, "network-volume")
     return {
         "card": card,
         "config": config,
@@ -222,6 +242,13 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
         "kv_cache_tokens": memory.kv_cache_tokens(),
         "speed": values["output_tokens_per_s"] or speed,
         "speed_factor": fitted(spec, card, config).tpot_factor,
+        "shared_kv": shared,
+        "card_quantization": spec.quantization,
         "weights_gib": weights / GIB,
-        "start_s": start_s,
+        "start_s": start.total_s(warm_host=True),
+        "cold_s": start.total_s(),
+        "peak_requests_per_s": case.sessions
+        / held.answer.max_concurrent_sessions
+        * speed
+        / case.output_tokens_per_turn,
     }

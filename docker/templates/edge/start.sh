@@ -32,6 +32,10 @@ if [ ! -s "$RUN/keys.map" ]; then
     exit 1
 fi
 
+if [ "${1:-}" = reload ]; then # start.sh reload: the changed files, old workers end their streams
+    sh "$CONF/watch.sh" once
+    exec nginx -p "$RUN" -c "$RUN/nginx.conf" -s reload
+fi
 sh "$CONF/watch.sh" once
 sh "$CONF/watch.sh" &
 exec nginx -p "$RUN" -c "$RUN/nginx.conf" -g 'daemon off;'

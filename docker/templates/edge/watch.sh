@@ -51,4 +51,5 @@ while :; do
         nginx -p "$RUN" -c "$RUN/nginx.conf" -s reload || echo "reload refused, the old servers stay" >&2
     fi
     sleep 2
+    kill -0 "$(cat "$RUN/nginx.pid" 2> /dev/null)" 2> /dev/null || exit 0 # no NGINX, nothing to watch
 done
