@@ -17,11 +17,14 @@ from typing import Any
 from kit.engines.control import Engine, start
 from kit.engines.launch import Launch, free_port
 
-PROGRAMS = {"edge": "nginx", "prometheus": "prometheus", "exporter": "prometheus-nginx-exporter"}
+PROGRAMS = {
+    "edge": "nginx", "prometheus": "prometheus", "exporter": "prometheus-nginx-exporter",
+    "alertmanager": "prometheus-alertmanager",
+}  # fmt: skip
 SCRAPE_MS = 250  # the shortest gap between scrapes of a faster clock
 _UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 # Durations of rules and of prometheus.yml, not the digits in a rule's name.
-_DURATION = re.compile(r"((?:\[|for: |offset |_interval: ))(\d+)(ms|s|m|h|d)\b")
+_DURATION = re.compile(r"((?:\[|for: |offset |_interval: |_wait: ))(\d+)(ms|s|m|h|d)\b")
 
 
 @dataclass
@@ -67,18 +70,21 @@ def nginx(run: Path) -> list[str]:
     return ["nginx", "-p", str(run), "-c", str(run / "nginx.conf")]
 
 
-def stage(bundle: Path, addresses: Mapping[str, str], folder: Path, faster: float = 1.0) -> Stage:
+def stage(
+    bundle: Path, addresses: Mapping[str, str], folder: Path, faster: float = 1.0, webhook: str = ""
+) -> Stage:  # fmt: skip
     """Start what of the bundle this machine has; `addresses` says where each HOST:PORT of it listens here.
 
     `faster` divides every duration of the monitoring, so that an alert that waits for two minutes waits for four
-    seconds at 30. Raises EngineFailed with the decisive line of a part's log.
+    seconds at 30; the Alertmanager's messages go to the `webhook`, where there is one. Raises EngineFailed with the
+    decisive line of a part's log.
     """
     made = Stage(folder)
     try:
         if shutil.which("nginx"):
             _edge(made, bundle, dict(addresses))
         if shutil.which("prometheus"):
-            _prometheus(made, bundle, dict(addresses), faster)
+            _watch(made, bundle, dict(addresses), faster, webhook)
     except BaseException:
         made.stop()
         raise
@@ -132,17 +138,24 @@ def _edge(made: Stage, bundle: Path, addresses: dict[str, str]) -> None:
         made.parts["exporter"] = _part("exporter", argv, {}, port, "/metrics", made.folder)
 
 
-def _prometheus(made: Stage, bundle: Path, addresses: dict[str, str], faster: float) -> None:
+def _watch(made: Stage, bundle: Path, addresses: dict[str, str], faster: float, webhook: str) -> None:
+    """Prometheus and, where messages can go somewhere, the Alertmanager."""
     if "exporter" in made.parts:
         addresses |= {"edge-exporter:9113": f"127.0.0.1:{made.parts['exporter'].launch.port}"}
-    there, here = bundle / "monitoring", made.folder / "monitoring"
+    there, here, hook = bundle / "monitoring", made.folder / "monitoring", made.folder / "alert_webhook_url"
+    alerting, port = free_port(), free_port()
+    addresses |= {"alertmanager:9093": f"127.0.0.1:{alerting}", "/run/secrets/alert_webhook_url": str(hook)}
     for path in (path for path in sorted(there.rglob("*.yml")) if "grafana" not in path.parts):
         target = here / path.relative_to(there)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = localised(path.read_text(encoding="utf-8"), addresses)
         target.write_text(sped_up(text, faster) if faster != 1 else text, encoding="utf-8")
     (here / "targets" / "gpu.yml").write_text("[]\n", encoding="utf-8")  # nobody tells of GPUs here
-    port = free_port()
+    if webhook and shutil.which(PROGRAMS["alertmanager"]):
+        hook.write_text(webhook, encoding="utf-8")
+        argv = [PROGRAMS["alertmanager"], f"--config.file={here / 'alertmanager.yml'}", "--cluster.listen-address="]
+        argv += [f"--web.listen-address=127.0.0.1:{alerting}", f"--storage.path={made.folder / 'alertmanager'}"]
+        made.parts["alertmanager"] = _part("alertmanager", argv, {}, alerting, "/-/ready", made.folder)
     argv = ["prometheus", f"--config.file={here / 'prometheus.yml'}", f"--web.listen-address=127.0.0.1:{port}"]
     argv.append(f"--storage.tsdb.path={made.folder / 'tsdb'}")
     made.parts["prometheus"] = _part("prometheus", argv, {}, port, "/-/ready", made.folder)

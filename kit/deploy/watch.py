@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kit.catalog.paths import DATA, load_yaml
@@ -96,31 +95,3 @@ def _panel(number: int, one: Mapping[str, Any], limits: Mapping[str, Any]) -> di
         "id": number + 1, "type": "timeseries", "title": one["title"], "datasource": source, "gridPos": place,
         "targets": targets, "fieldConfig": {"defaults": defaults, "overrides": []},
     }  # fmt: skip
-
-
-def rendered(folder: Path, watch: Mapping[str, Any]) -> None:
-    """Write the monitoring files alone, as a bundle holds them."""
-    import jinja2
-
-    root = DATA.parent / "docker" / "templates" / "monitoring"
-    marks = {
-        "variable_start_string": "[[",
-        "variable_end_string": "]]",
-        "block_start_string": "[%",
-        "block_end_string": "%]",
-    }
-    kept = {
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-        "keep_trailing_newline": True,
-        "undefined": jinja2.StrictUndefined,
-    }
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(root), **marks, **kept)
-    for path in (path for path in sorted(root.rglob("*")) if path.is_file()):
-        name = path.relative_to(root)
-        text = (
-            environment.get_template(name.as_posix()).render(watch=watch) if path.suffix == ".j2" else path.read_text()
-        )
-        target = folder / (name.with_suffix("") if path.suffix == ".j2" else name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
