@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from kit import scenario
+from kit import budget, scenario
 from kit.catalog import GpuSpec, ModelSpec
 from kit.catalog import gpu as find_gpu
 from kit.catalog import model as find_model
@@ -20,6 +20,7 @@ from kit.engine_config import EngineConfig
 from kit.errors import UserError
 from kit.memory.sessions import Demand
 from kit.memory.startup import start_up
+from kit.predict import Ask, predict
 from kit.units import GB
 
 VERDICTS = ("holds", "holds with a condition", "does not hold")
@@ -180,6 +181,34 @@ def _paused_kept(case: scenario.Scenario, gpu: GpuSpec, **flags: Any) -> int:
     return max(0, int(held.memory.concurrency(case.context_tokens)) - case.sessions)
 
 
+def _predicted(
+    model: ModelSpec, gpu: GpuSpec, answer: str, concurrency: int, end: int | None = None, input_tokens: int = 1000,
+    output_tokens: int = 200, **flags: Any,
+) -> float:  # fmt: skip
+    found = predict(model, gpu, EngineConfig(**flags), Ask(input_tokens, output_tokens, concurrency))
+    if answer == "all_tokens_per_s":
+        return float(found["requests_per_s"]) * (input_tokens + output_tokens)
+    return float(found[answer] if end is None else found["intervals"][answer][end])
+
+
+def _replica(case: scenario.Scenario, gpu: GpuSpec, gpu_count: int = 1) -> budget.Machine:
+    spec = find_model(case.model)
+    return budget.machine(spec, gpu, case.config(spec, gpu_count=gpu_count))
+
+
+def _ttft_over_decode(case: scenario.Scenario, gpu: GpuSpec, gpu_count: int = 1, *, keep_kv: bool = True) -> float:
+    found = budget.task(_replica(case, gpu, gpu_count), case, keep_kv=keep_kv)
+    return float(found["ttft_s"] / found["decode_s"])
+
+
+def _day_tokens(case: scenario.Scenario, counts: str) -> float:
+    """Of all conversations of a day: output, what every turn sends again and adds, or what is new in it."""
+    first, added, output = case.input_tokens_first_turn, case.tokens_added_per_turn, case.output_tokens_per_turn
+    sent = sum(case.growth_tokens) - output * case.turns
+    each = {"output": output * case.turns, "sent": sent, "new": first + (added + output) * (case.turns - 1)}
+    return float((case.conversations_per_day or 0) * each[counts])
+
+
 KINDS: dict[str, Callable[[Any], Any]] = {
     "model": find_model,
     "models": lambda names: [find_model(name) for name in names],
@@ -209,5 +238,13 @@ CALCULATIONS: dict[str, Callable[..., float]] = {
     "burst_calls": lambda case, counts: case.arrivals["count"] * (case.turns if counts == "sessions" else 1),
     "growth": lambda case: case.growth_tokens[-1] / case.growth_tokens[0],  # of a session's KV cache, by the last turn
     "ratio": lambda of, to: compute(of) / compute(to),
+    "predicted": _predicted,  # of a closed loop; end 0 or 1 of its interval
+    "phase": lambda model, gpu, rate: budget.phases(model, gpu)[rate],  # a rate of one GPU alone
+    "kept_limits": lambda case, gpu, preset, streams: budget.judge(  # share of turns within a preset's limits
+        _replica(case, gpu), case, streams, budget.preset(preset)
+    )["slo_attainment_fraction"],
+    "ttft_over_decode": _ttft_over_decode,  # what halving each would save of a task's time in the model, as a ratio
+    "day_tokens": _day_tokens,
+    "peak_tokens_per_s": lambda case: _day_tokens(case, "output") / 86_400 * case.arrivals["peak_to_mean"],
     "paused_kept": _paused_kept,  # paused sessions that stay in the pool beside the active ones
 }

@@ -32,11 +32,17 @@ EXPECTED = {
     "C6": [HOLDS, HOLDS, CONDITION],
     "C7": [HOLDS, CONDITION],
     "C8": [HOLDS, HOLDS],
+    "D2": [HOLDS, CONDITION],
+    "D3": [HOLDS, HOLDS],
+    "D4": [CONDITION],
+    "E4": [HOLDS, CONDITION],
+    "E5": [CONDITION, HOLDS, CONDITION, HOLDS],
 }
 ASKED = {
     "00": ["A1", "A2", "A3", "A5", "A6", "A7", "B1", "B2", "B3", "B4"],
     "01": ["A1", "A2", "A3", "A5", "A6", "A7", "B3"],
     "02": ["A4", "A6", "B1", "B2", "B4", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"],
+    "03": ["D2", "D3", "D4", "E4", "E5"],
 }
 GB = 1e9
 KV_7B = 2 * 32 * 8 * 128 * 2  # Mistral 7B: key and value, 32 layers, 8 KV heads of 128, 2 bytes
@@ -211,6 +217,22 @@ def test_overhead_and_headroom():
     assert share.ours == memory.config.gpu_memory_utilization < 0.95
 
 
+def test_customer_service_day_and_one_card():
+    peak, day = lines("E4")
+    assert peak.ours == pytest.approx(10_000 * 5 * 200 / 86_400 * 10) == pytest.approx(1157, abs=1)
+    assert day.ours == 10_000 * (1000 + 1300 + 1600 + 1900 + 2200)  # each turn adds 100 and the 200 of the answer
+    ten, fifty, _, enough = lines("E5")
+    assert ten.ours < 10 * 2.0e12 / (2 * 12.248e9)  # ten rows a step, weights read once a step
+    assert ten.on_condition == pytest.approx(6 * ten.ours, rel=0.05)  # 1,000 tokens of prompt beside 200 of output
+    assert enough.ours == pytest.approx(fifty.ours / peak.ours)
+
+
+def test_phases_follow_the_datasheet():
+    prefill, decode = lines("D3")
+    assert prefill.ours == pytest.approx(1, abs=0.25)
+    assert decode.ours == pytest.approx(1.79 / 3.35, rel=0.25)
+
+
 @pytest.mark.parametrize(
     ("section", "notebook", "rows"), [("opening", "00", 5), ("contradictions", "00", 2), ("contradictions", "02", 3)]
 )
@@ -246,3 +268,15 @@ def test_lines_that_a_run_answers():
     assert "16%" in found[0].reason
     ahead = article.lines("04", FOUND | {"hits_ahead": 0.1, "capacity_over_sessions": 1.2})
     assert [ahead[1].verdict, ahead[2].verdict] == [HOLDS, HOLDS]
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "short_turn_s", "in_time", "verdicts"),
+    [(0.5, 0.3, 0.2, [HOLDS, HOLDS]), (4.0, 0.3, 1.0, [NOT, CONDITION]), (4.0, 0.1, 0.94, [HOLDS, NOT])],
+)
+def test_lines_that_the_latency_budget_answers(turn_s, short_turn_s, in_time, verdicts):
+    found = {"turn_s": turn_s, "short_turn_s": short_turn_s, "most_tokens_in_time": in_time, "output_tokens": 200}
+    found |= {"most_tokens_gpus": 1, "dearer": 1.4, "wait_s": 0.05, "few": 12, "many": 60}
+    ranking, budget = article.lines("03", found)
+    assert [ranking.id, ranking.verdict, budget.id, budget.verdict] == ["A3", verdicts[0], "D1", verdicts[1]]
+    assert not any(re.search(r"[{}]", one.reason) for one in (ranking, budget))

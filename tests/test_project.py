@@ -27,7 +27,7 @@ RANKS = {
     5: ["workload"],
     6: ["scenario", "simulator", "emulator"],
     7: ["decision", "loadgen", "predict"],
-    8: ["engines", "record"],
+    8: ["budget", "engines", "record"],
     9: ["calibrate", "measure"],
     10: ["tune"],
     11: ["fleet"],
