@@ -14,7 +14,6 @@ from kit.workload import Session, Turn
 
 Floats = npt.NDArray[np.float64]
 LADDER = (4, 16, 64, 256)
-PER_STREAM = 6  # requests of a rung
 SHARES = {"one": 0.12, "prefill": 0.12, "streams": 0.12, "contexts": 0.1, "burst": 0.08, "return": 0.1}  # of the budget
 SLACK_S = 0.002  # a slot's next request leaves within this of the answer before
 COLUMNS = ("session", "turn", "asked_len", "sent_s", "first_s", "end_s", "prompt_tokens", "output_tokens")
@@ -53,12 +52,11 @@ class Measured:
             "return" if again else f"{length:.0f}" if few else "" for length, again in zip(asked, returns, strict=True)
         ]
 
-    def streams(self) -> int:
-        """Requests that the server's API has at once."""
-        sent = self.column("sent_s")
-        return self.slots or int(
-            max(np.searchsorted(np.sort(sent), sent + 0.05) - np.searchsorted(np.sort(sent), sent))
-        )
+    def at_once(self) -> Floats:
+        """Requests at the server as each one came, itself included."""
+        sent, end = self.column("sent_s"), np.sort(self.column("end_s"))
+        rank = np.argsort(np.argsort(sent, kind="stable"), kind="stable")
+        return np.asarray(rank + 1.0 - np.searchsorted(end, sent, "right"), float)
 
     def chains(self) -> list[list[int]]:
         """Indices of the requests that followed each other: turns of a session, or what one slot sent."""
@@ -114,7 +112,8 @@ def plan(limits: SchedulerConfig, budget_s: float, cost_s: Callable[[int, int, i
     rng = np.random.default_rng(0)
     for streams in (one for one in LADDER if one <= limits.max_num_seqs):
         mean = fit("streams", streams, 640, 128)
-        yield loop(f"streams-{streams}", streams, _spread(rng, PER_STREAM * streams, mean, 128), PER_STREAM * streams)
+        requests = int(30 * streams**0.6)  # 17 rounds of 4 streams, 3 of 256: a median of 60 and more
+        yield loop(f"streams-{streams}", streams, _spread(rng, requests, mean, 128), requests)
     streams = min(16, limits.max_num_seqs)
     mean = fit("contexts", streams, 8192, 128)
     yield loop("contexts", streams, _spread(rng, 4 * streams, mean, 128), 4 * streams)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kit.calibrate.file import Calibration
-from kit.calibrate.fit import Fit, factor_90, play, table
+from kit.calibrate.fit import OWN, Fit, factor_90, play, table
 from kit.calibrate.probes import Measured, plan
 from kit.calibrate.server import Server
 from kit.catalog import GpuSpec, ModelSpec
@@ -47,17 +47,17 @@ def calibrate(
     asked = {"model": model.key, "gpu": gpu.key, "config": asdict(config), "budget_s": budget_s}
     resolved = resolve(config, model, gpu)
     prior = fitted(model, gpu, resolved).coefficients
-    steps = StepTime(work(model, gpu, resolved), prior)
+    steps = StepTime(work(model, gpu, resolved), OWN | dict(prior))
     probes = _probe(server, limits, steps, budget_s, _Kept(out, asked, log), log)
     fit = Fit(steps.work, prior, limits, probes)
-    before, moved = fit.simulated(np.zeros_like(fit.spread)), fit.solve()
-    errors, quantity = fit.left_out(moved), np.array([row.quantity for row in fit.rows])
+    before, roots = fit.simulated(np.ones_like(fit.spread))[0], fit.solve()
+    errors, quantity = fit.left_out(roots), np.array([row.quantity for row in fit.rows])
     on = "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
     found = Calibration(
         model=model.key, gpu=gpu.key, config=asdict(config), date=datetime.now(UTC).date().isoformat(), measured_on=on,
-        coefficients=fit.coefficients(moved), kv_cache_factor=(told or known) / known, kv_cache_tokens=told,
+        coefficients=fit.coefficients(roots), kv_cache_factor=(told or known) / known, kv_cache_tokens=told,
         ttft_factor_90=factor_90(errors[quantity == "ttft_s"]), tpot_factor_90=factor_90(errors[quantity == "tpot_s"]),
-        probes=table(fit, before, fit.simulated(moved)), probe_s=sum(one.duration_s for one in probes),
+        probes=table(fit, before, fit.simulated(roots)[0]), probe_s=sum(one.duration_s for one in probes),
     )  # fmt: skip
     if out is not None:
         found.save(out)
@@ -124,7 +124,7 @@ def _probe(
             log(f"probe {level.name}: {len(level.sessions)} sessions\n")
             kept.add(server.measure(level))
         one = kept.done[level.name]
-        ttft_s, tpot_s = play(one, one.chains(), limits, steps)
+        (ttft_s, _), (tpot_s, _) = play(one, one.chains(), limits, steps)
         ratios = [np.nanmedian(one.ttft_s / ttft_s), np.nanmedian(one.tpot_s / tpot_s)]
         slower = max(slower, *(float(ratio) for ratio in ratios if np.isfinite(ratio)))
         rate = one.column("output_tokens").sum() / one.duration_s

@@ -88,7 +88,8 @@ class VirtualServer:
 
     def measure(self, level: Level) -> Measured:
         """The probe as a client would see it."""
-        sim = Simulation(SimulationConfig(self.limits), self.step_time).run(self._played(level))
+        config = SimulationConfig(self.limits, request_s=getattr(self.step_time, "request_s", None))
+        sim = Simulation(config, self.step_time).run(self._played(level))
         table = columns(sim)
         table = table[np.lexsort((table["turn"], table["key"], table["arrival_s"]))]
         table = table[table["arrival_s"] <= (level.duration_s or np.inf)]

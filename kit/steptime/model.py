@@ -21,12 +21,13 @@ def step_parts(
     rows read `context`.
     """
     tokens = new + rows
+    multiplied = new + c.get("gemm_row", 1.0) * rows  # a calibration may find that few rows multiply at another speed
     dense = {"bf16": work.bf16_s, "fp8": work.fp8_s, "fp4": work.fp4_s}
     gemm = {name: c[f"gemm_{name}"] * one for name, one in dense.items()}
     dense_s = sum(gemm.values())
-    read, share = _overlap(c["read"] * work.dense_read_s, dense_s * tokens)
+    read, share = _overlap(c["read"] * work.dense_read_s, dense_s * multiplied)
     touched = 1 - work.expert_skip**tokens
-    read_e, gemm_e = _overlap(c["read_e"] * work.expert_read_s * touched, c["gemm_e"] * work.expert_s * tokens)
+    read_e, gemm_e = _overlap(c["read_e"] * work.expert_read_s * touched, c["gemm_e"] * work.expert_s * multiplied)
     prefill = 1.0 * (new > 0)
     cache_s = work.kv_read_s * (context + reads) + work.row_read_s * rows
     return {

@@ -1,0 +1,183 @@
+"""Calibration against machines with hidden speeds, overheads, KV pools and stalls: a part of docs/accuracy.md.
+
+    .venv/bin/python benchmarks/mystery_machines.py [--seeds 20] [--first 0] [--http 3] [--write]
+
+A hidden machine (`kit emulate --truth SEED`) is probed in virtual time for about ten minutes of its own time and
+calibrated from that alone; then workloads that were not probed are played on it and on the calibrated model. The last
+--http of the seeds run in real time instead: `kit emulate --truth SEED` behind HTTP, probed by `kit calibrate`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from kit import catalog
+from kit.calibrate import Calibration, VirtualServer, calibrate, load
+from kit.catalog import GpuSpec, ModelSpec
+from kit.emulator import hide
+from kit.engine_config import EngineConfig
+from kit.scheduler import SchedulerConfig, StepTime
+from kit.simulator import Simulation, SimulationConfig, replica
+from kit.simulator.answers import answers
+from kit.workload import Session, Turn
+from kit.workload import load as workload
+
+ROOT = Path(__file__).resolve().parents[1]
+KIT = [sys.executable, "-c", "from kit.cli import main; main()"]
+CASES = (
+    ("llama-3.1-8b", "h100-sxm-80gb", {}),
+    ("qwen3-32b", "h200-sxm-141gb", {"quantization": "fp8"}),
+    ("gpt-oss-20b", "l40s-48gb", {}),
+    ("llama-3.3-70b", "h100-sxm-80gb", {"gpu_count": 4, "max_model_len": 32768}),
+    ("llama-3.1-8b", "a100-sxm-80gb", {"engine": "sglang"}),
+)  # fmt: skip
+TPOT_WITHIN, TTFT_WITHIN, SHARE = 0.03, 0.08, 0.9  # what is asked of a seed, and of the seeds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One seed: what is known of it, and what it is."""
+
+    seed: int
+
+    def case(self) -> tuple[ModelSpec, GpuSpec, EngineConfig]:
+        name, card, flags = CASES[self.seed % len(CASES)]
+        return catalog.model(name), catalog.gpu(card), EngineConfig(**flags)
+
+    def truth(self) -> tuple[SchedulerConfig, StepTime]:
+        limits, steps, _ = replica(*self.case())
+        return hide(self.seed, limits, steps)
+
+
+def closed(streams: int, prompt: int, output: int, shared: float = 0.0, rounds: int = 16) -> list[Session]:
+    """Streams that always have one request open, with a part of the prompt shared."""
+    rng, prefix = Random(streams), int(prompt * shared)
+
+    def turn() -> Turn:
+        new, out = (max(1, round(mean * rng.uniform(0.7, 1.3))) for mean in (prompt - prefix, output))
+        return Turn(new, out, 0.003, compact_to=0)
+
+    return [Session(key, 0.0, [turn() for _ in range(rounds)], 0, prefix) for key in range(streams)]
+
+
+def arriving(rate_per_s: float, prompt: int, output: int, count: int = 300) -> list[Session]:
+    """Single requests at random times."""
+    rng = Random(1)
+    times = np.cumsum([rng.expovariate(rate_per_s) for _ in range(count)]).tolist()
+    lengths = [[max(1, round(mean * rng.uniform(0.5, 1.5))) for mean in (prompt, output)] for _ in times]
+    return [Session(key, at, [Turn(*pair)]) for key, (at, pair) in enumerate(zip(times, lengths, strict=True))]
+
+
+def agents(preset: str, sessions: int, over_s: float) -> list[Session]:
+    """Agent sessions of a preset with their pauses, arriving evenly over that time, twelve turns each at most."""
+    body, made = workload(preset).session, []
+    for key in range(sessions):
+        drawn = body.draw(np.random.default_rng([7, key]), key, key * over_s / sessions)
+        made.append(replace(drawn, turns=[replace(one, children=()) for one in drawn.turns[:12]]))
+    return made
+
+
+def workloads(limits: SchedulerConfig, steps: StepTime) -> dict[str, list[Session]]:
+    """What is judged: other lengths, streams and arrivals than any probe has, sized by the uncalibrated model."""
+    sim = Simulation(SimulationConfig(limits), steps).run(closed(64, 1200, 200))
+    rate = answers(sim, None, None, set())["requests_per_s"]
+    return {
+        "closed 8, 3000/400": closed(8, 3000, 400),
+        "closed 32, 1500/250": closed(32, 1500, 250),
+        "closed 128, 300/300": closed(128, 300, 300, rounds=8),
+        "closed 24, 6000/200, 75 % shared": closed(24, 6000, 200, 0.75),
+        "open, half load, 1200/200": arriving(0.5 * rate, 1200, 200),
+        "customer service": agents("customer-service", 150, 300.0),
+        "coding agents": agents("coding-agent", 40, 600.0),
+    }
+
+
+def outcome(limits: SchedulerConfig, steps: StepTime, sessions: list[Session]) -> tuple[float, float]:
+    """TPOT mean and TTFT p50 in s."""
+    config = SimulationConfig(limits, warm=True, request_s=steps.request_s)
+    sim = Simulation(config, steps).run(sorted(sessions, key=lambda one: one.arrival_s))
+    found = answers(sim, None, None, set())
+    return found["tpot_s"]["mean"], found["ttft_s"]["p50"]
+
+
+def virtual(machine: Machine, folder: Path) -> Calibration:
+    """Probed in virtual time."""
+    calibrate(*machine.case(), VirtualServer(*machine.truth()), out=folder / "found.json", log=lambda text: None)
+    return load(folder / "found.json")
+
+
+def over_http(machine: Machine, folder: Path) -> Calibration:
+    """Probed in real time by the two commands."""
+    name, card, flags = CASES[machine.seed % len(CASES)]
+    engine = [part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", str(value))]
+    asked = ["--model", name, "--gpu", card, *engine, "--json"]
+    emulate = [*KIT, "emulate", *asked, "--port", "0", "--truth", str(machine.seed)]
+    process = subprocess.Popen(emulate, stdout=subprocess.PIPE, text=True)
+    try:
+        url = json.loads(process.stdout.readline())["base_url"]  # type: ignore[union-attr]
+        probe = [*KIT, "calibrate", "--base-url", url, *asked, "--out", str(folder / "found.json")]
+        subprocess.run(probe, check=True, stdout=subprocess.DEVNULL)
+    finally:
+        process.terminate()
+        process.wait()
+    return load(folder / "found.json")
+
+
+def judge(seed: int, http: bool = False) -> dict[str, Any]:
+    """The errors of one seed on every workload, before and after calibration."""
+    machine, begun = Machine(seed), perf_counter()
+    model, gpu, config = machine.case()
+    with tempfile.TemporaryDirectory() as folder:
+        found = (over_http if http else virtual)(machine, Path(folder))
+    wall_s = perf_counter() - begun
+    plain, calibrated = replica(model, gpu, config), replica(model, gpu, *found.apply(model, gpu, config))
+    rows = []
+    for name, sessions in workloads(plain[0], plain[1]).items():
+        truth, before, after = (outcome(*one[:2], sessions) for one in (machine.truth(), plain, calibrated))
+        errors = {when: [told / true - 1 for told, true in zip(one, truth, strict=True)] for when, one in
+                  (("before", before), ("after", after))}  # fmt: skip
+        rows.append({"workload": name, "truth": truth, **errors})
+    passed = all(abs(tpot) <= TPOT_WITHIN and abs(ttft) <= TTFT_WITHIN for tpot, ttft in (row["after"] for row in rows))
+    factors = {"ttft_factor_90": found.ttft_factor_90, "tpot_factor_90": found.tpot_factor_90}
+    return {"seed": seed, "http": http, "case": CASES[seed % len(CASES)], "probe_s": found.probe_s, "wall_s": wall_s,
+            "passed": passed, "rows": rows, **factors}  # fmt: skip
+
+
+def tell(one: dict[str, Any]) -> str:
+    """One seed on stderr."""
+    lines = [f"seed {one['seed']} {one['case'][0]} {one['case'][1]}: {'passed' if one['passed'] else 'FAILED'}, "
+             f"{one['probe_s']:.0f} s of probes, {one['wall_s']:.0f} s in all"]  # fmt: skip
+    for row in one["rows"]:
+        was, now = ("TPOT {:+.1%} TTFT {:+.1%}".format(*row[when]) for when in ("before", "after"))
+        lines.append(f"    {row['workload']:<34} {was} -> {now}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seeds", type=int, default=20)
+    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--http", type=int, default=0)
+    options.add_argument("--processes", type=int, default=1)
+    given = options.parse_args()
+    seeds = range(given.first, given.first + given.seeds)
+    found = []
+    with ProcessPoolExecutor(given.processes) as pool:
+        for one in pool.map(judge, seeds, [seed >= seeds.stop - given.http for seed in seeds]):
+            found.append(one)
+            print(tell(one), flush=True)
+    print(f"{sum(one['passed'] for one in found)} of {len(found)} passed")
+
+
+if __name__ == "__main__":
+    main()
