@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +81,7 @@ class Machine(Protocol):
         ...
 
     def closed_loop(self, boot: Boot, concurrency: int, seed: int, min_turns: int) -> Level:
-        """At least `min_turns` turns while `concurrency` are always ready."""
+        """At least `min_turns` turns judged (and twice `concurrency` more) while `concurrency` are always ready."""
         ...
 
     def open_loop(self, boot: Boot, seed: int, max_concurrency: int | None = None) -> Level:
@@ -91,11 +91,17 @@ class Machine(Protocol):
 
 def judge(
     boot: Boot, kind: str, seed: int, requests: Requests, input_len: metrics.Floats, goal: Goal,
-    server: Mapping[str, Any], concurrency: int | None = None, span_s: float | None = None,
-    warnings: tuple[str, ...] = (),
+    server: Mapping[str, Any], concurrency: int | None = None, warnings: tuple[str, ...] = (),
 ) -> Level:  # fmt: skip
-    """The level of these requests; `server` has the keys of SERVER, `span_s` replaces first schedule to last end."""
-    closed, n = kind == "closed", len(requests.ok)
+    """The level of all its requests; `server` has the keys of SERVER.
+
+    Of a closed loop the first and the last `concurrency` sent are left out (a quarter at most): they ran while it
+    filled and emptied.
+    """
+    closed = kind == "closed"
+    if closed and concurrency:
+        requests, input_len = _steady(requests, input_len, concurrency)
+    n = len(requests.ok)
     if not n:
         raise UserError(f"no turn was measured at {kind} {concurrency or ''}: want a longer level")
     ttft_s = requests.ttft_s() if closed else requests.ttft_scheduled_s()
@@ -104,12 +110,12 @@ def judge(
         for limits in ((goal.slo_ttft_s, None), (None, goal.slo_tpot_s), (goal.slo_ttft_s, goal.slo_tpot_s))
     )
     ok, misses = requests.ok, int((~requests.ok).sum())
-    span = span_s or float(np.nanmax(requests.end_s) - requests.scheduled_s.min())
-    arrivals = float(np.ptp(requests.scheduled_s)) or span
+    sent_s = float(np.ptp(requests.sent_s if closed else requests.scheduled_s))
+    span = sent_s * n / max(1, n - 1) if closed else float(np.nanmax(requests.end_s) - requests.scheduled_s.min())
     tokens = float(np.nansum(requests.output_tokens[ok]))
     seen = {name: metrics.summarize(v[ok], misses) for name, v in (("ttft_s", ttft_s), ("tpot_s", requests.tpot_s()))}
     values: dict[str, Any] = {
-        "requests_per_s": float(ok.sum()) / span, "offered_requests_per_s": n / arrivals,
+        "requests_per_s": float(ok.sum()) / span, "offered_requests_per_s": n / (sent_s or span),
         "output_tokens_per_s": tokens / span, "goodput_requests_per_s": float(good.sum()) / span,
         "slo_attainment_fraction": float(good.mean()),
         "slo_attainment_interval": metrics.wilson_interval(int(good.sum()), n),
@@ -121,23 +127,32 @@ def judge(
     return Level(boot.index, boot.max_num_seqs, kind, concurrency, seed, n, span, **values, warnings=warnings)
 
 
+def _steady(requests: Requests, input_len: metrics.Floats, concurrency: int) -> tuple[Requests, metrics.Floats]:
+    cut = min(concurrency, len(requests.ok) // 4)
+    order = np.argsort(requests.sent_s)[cut : len(requests.ok) - cut]
+    columns: dict[str, Any] = {one.name: getattr(requests, one.name) for one in fields(Requests)}
+    columns = {name: values if values is None else values[order] for name, values in columns.items()}
+    return Requests(**columns), input_len[order]
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What `kit tune --json` prints."""
 
-    status: str  # resolved, unresolved (the reason is the first note) or infeasible
-    recommended: dict[str, Any]  # by our names; empty where infeasible
-    engine_args: dict[str, str]  # by the engine's flags
-    reasons: dict[str, str]  # why each recommended value, in a line
-    goodput_requests_per_s: float | None  # open loop, on the confirming start
-    slo_attainment_fraction: float | None
-    boots: int
-    limited_by: str  # what decides: tpot, ttft, kv_cache, knee, load (all values serve it alike) or slo
-    limits: dict[str, int | None]  # most turns at once by tpot, kv_cache, knee; None: not reached
-    confirmed: bool
-    predicted_max_num_seqs: int | None
-    notes: tuple[str, ...]
-    evidence: list[dict[str, Any]]  # every level, in order
+    status: str  # resolved, unresolved or infeasible; `notes` say why
+    recommended: dict[str, Any] = field(default_factory=dict)  # by our names; empty where infeasible
+    engine_args: dict[str, str] = field(default_factory=dict)  # by the engine's flags
+    reasons: dict[str, str] = field(default_factory=dict)  # why each recommended value, in a line
+    goodput_requests_per_s: float | None = None  # open loop, on the confirming start
+    slo_attainment_fraction: float | None = None
+    limited_by: str = "slo"  # tpot, ttft, kv_cache, load (all values serve it alike), or slo: not even one turn
+    limits: dict[str, int | None] = field(default_factory=dict)  # most turns at once by tpot, ttft, kv_cache, knee
+    limits_interval: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # 90 %
+    confirmed: bool = False
+    notes: tuple[str, ...] = ()
+    boots: int = 0
+    predicted_max_num_seqs: int | None = None
+    evidence: list[dict[str, Any]] = field(default_factory=list)  # every level, in order
 
 
 class Store:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 
 from kit.simulator import Load
 from kit.workload import Session, Turn, Workload
+
+SPARE = 3  # turns of a slot over the mean: short ones make a slot fast
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,14 @@ class Offer:
         return list(Load(self.workload, self.sessions, self.duration_s, self.burst, seed).stream()[0])
 
     def ready(self, slots: int, seed: int, turns: int) -> list[Session]:
-        """One session for each slot: `turns` turns without pauses, of one session of the workload after the other.
+        """A session for each slot, enough for `turns` turns in all: those of sessions of the workload, without pauses.
 
         A slot begins in the middle of a session, as a server finds them. Pauses are left out so that every slot
         always has a turn in flight; what they cost in cache hits is seen by the open loop. Sub-agents take
         slots of their own.
         """
-        return [self._slot(np.random.default_rng([seed, 3, key]), key, turns) for key in range(slots)]
+        each = SPARE * ceil(turns / slots) + SPARE
+        return [self._slot(np.random.default_rng([seed, 3, key]), key, each) for key in range(slots)]
 
     def _slot(self, rng: np.random.Generator, key: int, turns: int) -> Session:
         supply = self._flat(rng, key)
