@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,13 @@ def _rendered(values: Mapping[str, Any], architecture: str, target: str) -> dict
     """Text by path in the bundle; a name with __pool__ stands for a file per pool."""
     import jinja2
 
-    brackets = {"variable_start_string": "[[", "variable_end_string": "]]", "block_start_string": "[%"}
-    brackets |= {"block_end_string": "%]", "comment_start_string": "[#", "comment_end_string": "#]"}
     texts = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, **brackets,
+        "[%", "%]", "[[", "]]", "[#", "#]", trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined, loader=jinja2.FileSystemLoader(TEMPLATES),
     )  # fmt: skip
-    texts.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     texts.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-    files = {}
+    texts.filters["shell"] = shlex.join
+    files: dict[str, str] = {}
     root, *parts = ARCHITECTURES[architecture]["targets"][target]
     for folder in (root, *parts):
         for path in sorted((TEMPLATES / folder).rglob("*")):

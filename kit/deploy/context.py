@@ -47,7 +47,7 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
     if given["balance"] not in BALANCE:
         raise unknown("edge.balance", given["balance"], BALANCE)
     edge = {**given, "status_port": 8081, "upstream": "engines", "upstream_port": None}
-    upstreams = [{"name": "engines", "port": None, "pools": pools}]
+    upstreams: Pools = [{"name": "engines", "port": None, "pools": pools}]
     if architecture == "tiered":  # LiteLLM comes back to one port for each pool
         edge |= {"upstream": "litellm", "upstream_port": 4000}
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]

@@ -14,7 +14,7 @@ from kit.catalog.paths import DATA, load_yaml
 from kit.engine_config import EngineConfig
 from kit.errors import UserError
 from kit.memory.packing import PROCESS_BYTES
-from kit.memory.sessions import alternatives
+from kit.memory.sessions import Demand, alternatives
 from kit.memory.startup import start_up
 from kit.prices import book, find, own_prices
 from kit.scenario import COUNTS, Held, Scenario, hold, parallel
@@ -23,6 +23,8 @@ from kit.units import GIB
 
 NODE_GPUS = COUNTS[-1]
 NODES = (2 * NODE_GPUS, 3 * NODE_GPUS, 4 * NODE_GPUS)  # where a model fits no single node
+TIER_TOKENS = 8192  # longer requests are not simple: LiteLLM passes them to the large model
+MACHINES = 64  # of a private network
 MEASURED = {"provenance": "measured"}
 FLAGS = (
     "tensor_parallel_size", "pipeline_parallel_size", "quantization", "kv_cache_dtype", "gpu_memory_utilization",
@@ -59,19 +61,25 @@ def _pools(source: Source, architecture: str) -> dict[str, Any]:
         warm = pool(source, case.model, gpu, case.sessions, (case.gpu_count,))
         left = max(1, case.sessions - facts(case, warm | {"replicas": 1})["sessions"])
         spot = pool(source, case.model, own["burst_gpu"] or "rtx-5090-32gb", left, (case.gpu_count,))
-        return {"dedicated": warm | {"replicas": 1}, "spot": spot | {"place": "remote"}}
+        return {"dedicated": warm | {"replicas": 1}, "spot": spot | remote(spot)}
     if architecture == "tiered":
         few = max(1, ceil((1 - own["tier_fraction"]) * case.sessions))
-        small = pool(source, own["tier_model"], own["tier_gpu"], max(1, case.sessions - few), (1,))
-        return {"small": small | {"place": "remote"}, "large": pool(source, case.model, gpu, few)}
+        short = replace(source, case=case.model_copy(update={"context_tokens": min(TIER_TOKENS, case.context_tokens)}))
+        small = pool(short, own["tier_model"], own["tier_gpu"], max(1, case.sessions - few), (1,))
+        return {"small": small | remote(small), "large": pool(source, case.model, gpu, few)}
     counts = (*COUNTS, *NODES) if architecture == "multi-node" else COUNTS
     main = pool(source, case.model, gpu, case.sessions, counts)
     most = main["replicas"] if architecture == "multi-node" else NODE_GPUS // main["gpu_count"]
     return {"main": main | {"replicas": min(most, main["replicas"])}}
 
 
+def remote(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A pool on machines of its own, as many as one private network takes."""
+    return {"place": "remote", "replicas": min(MACHINES, values["replicas"])}
+
+
 def chosen_gpu(source: Source, architecture: str) -> str:
-    """The GPU asked for; else an H100 where the architecture is built on one, else one on which an engine takes the fewest, the cheapest of these."""
+    """The GPU asked for; else an H100 where burst and tiers want one, else the cheapest where one engine takes few."""
     case = source.case
     if asked := source.gpu or source.fleet["gpu"]:
         return catalog.gpu(asked).key
@@ -95,25 +103,25 @@ def _split(
     source: Source, spec: ModelSpec, gpu: GpuSpec, sessions: int, counts: Sequence[int] = COUNTS
 ) -> tuple[Held, int]:
     """A replica, and how many hold the sessions on the fewest GPUs; refused where the model leaves no room."""
-    demand, least = replace(source.case.demand(), sessions=sessions), min(source.fleet["min_sessions"], sessions)
-    asked = _config(source.case, spec, source.engine)
+    case, least = source.case, min(source.fleet["min_sessions"], sessions)
+    asked, demand = _config(case, spec, source.engine), Demand(min(case.context_tokens, spec.max_position_embeddings))
     held = [hold(spec, gpu, _shaped(spec, asked, count), demand) for count in counts]
-    fit = [one for one in held if one.answer.max_concurrent_sessions >= least]
+    fit = [one for one in held if _room(case, one) >= least]
     if not fit:
-        room, needed = held[-1].answer.max_concurrent_sessions, replace(demand, sessions=least)
-        other = ", ".join(alternatives(spec, gpu, replace(asked, gpu_count=counts[-1]), needed))
-        told = (
-            f"{counts[-1]} x {gpu.key} leaves {spec.key} room for {room} sessions of {demand.context_tokens:,} tokens"
+        other = ", ".join(
+            alternatives(spec, gpu, replace(asked, gpu_count=counts[-1]), replace(demand, sessions=least))
         )
+        told = f"{counts[-1]} x {gpu.key} leaves {spec.key} room for {_room(case, held[-1])} sessions of "
+        told += f"{demand.context_tokens:,} tokens"
         raise UserError(f"{told}, fewer than {least}; would fit: {other or 'nothing that was tried'}")
 
     def rank(one: Held) -> tuple[int, int]:  # one engine per GPU, unless a node does not hold so many
         count = one.memory.config.gpu_count
-        gpus = -(-sessions // _capacity(source.case, one)) * count
+        gpus = -(-sessions // _capacity(case, one)) * count
         return gpus if gpus > NODE_GPUS else 0, count
 
     best = min(fit, key=rank)
-    return best, -(-sessions // _capacity(source.case, best))
+    return best, -(-sessions // _capacity(case, best))
 
 
 def _shaped(spec: ModelSpec, config: EngineConfig, count: int) -> EngineConfig:
@@ -126,7 +134,12 @@ def _shaped(spec: ModelSpec, config: EngineConfig, count: int) -> EngineConfig:
 
 def _capacity(case: Scenario, held: Held) -> int:
     """Sessions of one engine, by memory and by the TPOT limit."""
-    return min(held.answer.max_concurrent_sessions, _batch(case, held))
+    return min(_room(case, held), _batch(case, held))
+
+
+def _room(case: Scenario, held: Held) -> int:
+    """Active sessions whose KV cache one engine holds, each with its share of the paused ones."""
+    return int(held.answer.max_concurrent_sessions / (1 + case.paused_sessions / case.sessions))
 
 
 def _config(case: Scenario, spec: ModelSpec, engine: str) -> EngineConfig:
@@ -177,7 +190,7 @@ def _batch(case: Scenario, held: Held) -> int:
 
 def _found(source: Source, spec: ModelSpec, card: GpuSpec) -> dict[str, Any]:
     """Tuned flags and capacity of this model on this GPU: the scenario's own, else of notebooks 05 and 04."""
-    told = {"flags": {}, "output_tokens_per_s": None, "provenance": "modelled"}
+    told: dict[str, Any] = {"flags": {}, "output_tokens_per_s": None, "provenance": "modelled"}
     if source.case.tuned and spec.key == catalog.model(source.case.model).key:
         flags = {name: value for name, value in source.case.tuned.items() if name in FLAGS}
         return told | {"flags": flags, "output_tokens_per_s": source.case.tuned.get("output_tokens_per_s")} | MEASURED
@@ -210,9 +223,9 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
     same = {name: values[name] for name in ("engine", "engine_version", "gpu_count")}
     asked = EngineConfig(**{**same, "quantization": _config(case, spec, "vllm").quantization, **flags})
     context = min(case.context_tokens, flags["max_model_len"])
-    held = hold(spec, card, asked, replace(case.demand(), context_tokens=context))
-    memory, config = held.memory, held.memory.config
-    if not held.answer.max_concurrent_sessions:
+    held = hold(spec, card, asked, Demand(context))
+    memory, config, room = held.memory, held.memory.config, _room(case, held)
+    if not room:
         raise UserError(
             f"{values['gpu_count']} x {card.key} leaves {spec.key} no room for a session of {context:,} tokens"
         )
@@ -225,20 +238,20 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
         )
     shared = ""
     if share > 1:
-        alone = hold(spec, card, replace(asked, gpu_memory_utilization=None), case.demand()).memory
+        alone = hold(spec, card, replace(asked, gpu_memory_utilization=None), Demand(context)).memory
         shared = (
             f"{share} engines on one {card.key} keep {share * memory.kv_cache_tokens():,} KV tokens, one engine alone "
         )
         shared += f"{alone.kv_cache_tokens():,} (modelled): the weights are there {share} times"
-    rows, tokens = min(config.max_num_seqs, held.answer.max_concurrent_sessions), int(mean(case.growth_tokens))
+    rows, tokens = min(config.max_num_seqs, room), int(mean(case.growth_tokens))
     speed = rows / step_time(spec, card, config).step_s((), rows, rows * tokens)
     weights = memory.weights.size_bytes * values["gpu_count"]
     start = start_up(weights, "network-volume")
     return {
         "card": card,
         "config": config,
-        "sessions": held.answer.max_concurrent_sessions,
-        "sessions_interval": held.sessions_interval,
+        "sessions": min(room, config.max_num_seqs),
+        "sessions_interval": tuple(int(n * room / held.answer.max_concurrent_sessions) for n in held.sessions_interval),
         "kv_cache_tokens": memory.kv_cache_tokens(),
         "speed": values["output_tokens_per_s"] or speed,
         "speed_factor": fitted(spec, card, config).tpot_factor,
