@@ -109,7 +109,7 @@ class Fit:
             best = min(best, (float(_robust(errors / SURE).sum()), roots), key=lambda one: one[0])
             weights = 1 / np.sqrt(np.hypot(1, errors / max(SURE, UNSURE * 0.7**step)))
             move = np.linalg.lstsq(slopes * weights[:, None], -errors * weights)[0]
-            fastest = FASTEST * 0.85**step
+            fastest = FASTEST * 0.9**step * (0.5 + roots)
             roots = np.clip(roots + np.clip(move, -fastest, fastest), *FARTHEST)
         return best[1]
 

@@ -136,9 +136,9 @@ def _burst(limits: SchedulerConfig, wave_s: float, cost_s: Callable[[int, int, i
     """Three waves at once: many short prompts, then fewer long ones; each as large as its third of the share allows."""
     made, at_s = list[Session](), 0.0
     for count, prompt in ((64, 64), (64, 512), (32, 2048)):
-        size = min(count, limits.max_num_seqs, max(1, limits.kv_blocks * limits.block_size // (prompt + 16)))
-        while size > 1 and cost_s(size, prompt, 16) > wave_s:
+        size = min(count, limits.max_num_seqs, max(1, limits.kv_blocks * limits.block_size // (prompt + 1)))
+        while size > 1 and cost_s(size, prompt, 1) > wave_s:
             size //= 2
-        made += [Session(len(made) + key, at_s, [Turn(prompt, 16)]) for key in range(size)]
-        at_s += 1.5 * max(cost_s(size, prompt, 16), wave_s / 3)
+        made += [Session(len(made) + key, at_s, [Turn(prompt, 1)]) for key in range(size)]
+        at_s += 1.5 * max(cost_s(size, prompt, 1), wave_s / 3)
     return Level("burst", made, "sessions")
