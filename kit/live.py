@@ -1,6 +1,7 @@
 """A live run: this host's engine behind the notebooks that measure; what an interrupted one had done is kept."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 from kit import catalog, run, scenario
 from kit.catalog.paths import write_json
 from kit.decision import decide
+from kit.engine_config import engine_data
 from kit.engines import Engine, launch, start
 from kit.engines.launch import ENVIRONMENTS, ROOT, free_port
 from kit.errors import UserError, unknown
 
 # Each with the flag that makes it say in `usage` what of a prompt it found cached.
 ENGINES = {"vllm": "--enable-prompt-tokens-details", "sglang": "--enable-cache-report"}
+OPEN_FLAGS, OPEN_PORT = "--flags-of-the-tuner", 65_535  # stand in a command until they are known
 CPU_LIMITS = {"max_num_seqs": 16, "enforce_eager": True}
 
 
@@ -32,6 +35,7 @@ class Live:
         self.engine, self.command, self.on_gpu = engine, command, on_gpu
         self.note = None if on_gpu else f"{engine} ran without a GPU: this shows its behaviour, never a speed"
         self.running: Engine | None = None
+        self.tuned = {"max_num_seqs", engine_data(engine)["flags"]["max_num_seqs"]}
 
     def walkthrough(self, notebooks: Sequence[Path], root: Path, *values: Any) -> run.Walk:
         """Like run.walkthrough; the engine starts with the first notebook that measures and is stopped at the end."""
@@ -58,13 +62,20 @@ class Live:
     def _serve(self, notebook: Path, load: Path, settings: dict[str, Any]) -> dict[str, str]:
         """source and base_url for a notebook that measures, with the engine up; nothing for others.
 
+        One that starts the engine itself, with other flags each time, gets the command for it instead.
         Levels that another server or other parameters gave are put aside, not taken for this run's.
         """
-        if "base_url=base_url" not in notebook.read_text(encoding="utf-8"):
+        text, up = notebook.read_text(encoding="utf-8"), self.running and self.running.process.poll() is None
+        if "engine_command=engine_command" in text:
+            if up and self.running:
+                self.running.stop()
+            served = {"source": "live", "engine_command": self._command(settings)}
+        elif "base_url=base_url" in text:
+            if not up or self.running is None:
+                self.running = self.stack.enter_context(self._start(settings))
+            served = {"source": "live", "base_url": self.running.launch.base_url}
+        else:
             return {}
-        if self.running is None or self.running.process.poll() is not None:
-            self.running = self.stack.enter_context(self._start(settings))
-        served = {"source": "live", "base_url": self.running.launch.base_url}
         if load.exists() and self.state.get(f"measured {notebook.stem}") != settings | served:
             load.rename(load.with_name(f"load.until-{time.time_ns()}"))
         self._save(**{f"measured {notebook.stem}": settings | served})
@@ -80,6 +91,15 @@ class Live:
         engine = start(wanted, log, tell=lambda line: sys.stderr.write("."))
         sys.stderr.write(f" healthy after {engine.started_s:.0f} s\n")
         return engine
+
+    def _command(self, settings: Mapping[str, Any]) -> str:
+        """The engine's command with {port} and {flags} left open, its environment included."""
+        model, flags = self._flags(settings)
+        fixed = {name: value for name, value in flags.items() if name not in self.tuned}
+        one = launch(self.engine, model, {**fixed, OPEN_FLAGS: ""}, port=OPEN_PORT, command=self.command)
+        given = [f"{name}={value}" for name, value in one.environment.items()]
+        text = shlex.join(["env", *given, *one.argv]).replace("{", "{{").replace("}", "}}")
+        return text.replace(OPEN_FLAGS, "{flags}").replace(str(OPEN_PORT), "{port}")
 
     def _flags(self, settings: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
         """The model to serve and its flags: notebook 02's, or its arithmetic; without a GPU small limits."""

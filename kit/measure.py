@@ -55,7 +55,7 @@ class Bench:
         if self.target is None:
             return None
         body = {"model": self.target.model, "response_format": response_format, "max_tokens": max_tokens}
-        answer = _call(self.target, "/chat/completions", {**body, "messages": [{"role": "user", "content": text}]})
+        answer = call(self.target, "/chat/completions", {**body, "messages": [{"role": "user", "content": text}]})
         try:
             return json.loads(answer["choices"][0]["message"]["content"])
         except ValueError:
@@ -78,10 +78,10 @@ def bench(
         return Bench(source, None, folder, options)
     scratch = tempfile.TemporaryDirectory(prefix="kit-")
     if source == "emulator":
-        engine = _emulate(model, gpu, config, Path(scratch.name), more)
+        engine = emulate(model, gpu, config, Path(scratch.name) / "emulator.log", more)
         return Bench(source, Target(engine.launch.base_url, model), Path(scratch.name), options, engine, scratch)
     target = Target(base_url, model, api_key_env=api_key_env or None)
-    card = _call(target, "/models")["data"][0]
+    card = call(target, "/models")["data"][0]
     source = "emulator" if card.get("emulated") else source  # ours says so; nothing of it is a measured speed
     served = replace(target, model=card["id"])
     return Bench(source, served, folder or Path(scratch.name), options, scratch=scratch)
@@ -107,17 +107,18 @@ def host_limits(streams: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _emulate(model: str, gpu: str, config: EngineConfig, folder: Path, more: dict[str, Any]) -> Engine:
+def emulate(model: str, gpu: str, config: EngineConfig, log: Path, more: dict[str, Any]) -> Engine:
     """`kit emulate` on a free port; it ends with this process, however that ends."""
     port = free_port()
     given = {"model": model, "gpu": gpu, "port": port, **asdict(config), **more}
     flags = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value not in (None, False)}
     argv = [sys.executable, "-c", "from kit.cli import main; main()", "emulate"]
     argv += [part for flag, value in flags.items() for part in (flag, str(value))[: 1 if value is True else 2]]
-    return start(Launch(config.engine, argv, {}, "127.0.0.1", port, model, "/health", []), folder / "emulator.log")
+    return start(Launch(config.engine, argv, {}, "127.0.0.1", port, model, "/health", []), log)
 
 
-def _call(target: Target, path: str, body: dict[str, Any] | None = None) -> Any:
+def call(target: Target, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The JSON that its /v1 answers there; POST with a body. Raises OSError or ValueError."""
     key = os.environ.get(target.api_key_env or "", "")
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     url = target.base_url.rstrip("/").removesuffix("/v1") + "/v1" + path

@@ -217,6 +217,65 @@ def throughput_over_ttft(
     return ax
 
 
+def goodput_by_limit(
+    levels: Sequence[Mapping[str, Any]], limits: Mapping[str, int | None], chosen: int, slo_ttft_s: float, under: str
+) -> tuple[Axes, Axes]:
+    """Goodput above, p95 TTFT below, over the turns that may run; limits and the choice as upright lines."""
+    top, bottom = plt.gcf().subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
+    kinds = {"open": "arriving, with the burst", "closed": "always so many ready"}
+    for (kind, label), style in zip(kinds.items(), ("o-", "s--"), strict=True):
+        found = [one for one in levels if one["kind"] == kind]
+        rows = {min(one["max_num_seqs"], one["concurrency"] or one["max_num_seqs"]): one for one in found}
+        rows = dict(sorted(rows.items()))
+        top.plot([*rows], [one["goodput_requests_per_s"] for one in rows.values()], style, label=label)
+        known = {n: one["ttft_s"]["p95"] for n, one in rows.items() if one["ttft_s"]["p95"] is not None}
+        bottom.plot([*known], [*known.values()], style)
+    bottom.axhline(slo_ttft_s, color="#1f2429", linewidth=0.9, linestyle=":")
+    for height, (name, at) in enumerate((name, at) for name, at in limits.items() if at):
+        for ax in (top, bottom):
+            ax.axvline(at, color="#667079", linewidth=0.9, linestyle=":")
+        spot = {"xytext": (3, -12 - 12 * height), "textcoords": "offset points", "fontsize": 8, "bbox": _BOX}
+        top.annotate(f"{name} {at}", (at, 1), xycoords=top.get_xaxis_transform(), **spot)
+    for ax in (top, bottom):
+        ax.axvline(chosen, color="C3", linewidth=1.6)
+    top.set(ylabel="Turns in time per second", ylim=(0, None))
+    bottom.set(yscale="log", ylabel="TTFT p95 (s)", xlabel="Turns at once: --max-num-seqs")
+    most = max(one["max_num_seqs"] for one in levels)
+    _log2(bottom, [2**power for power in range(int(np.log2(most)) + 1)])
+    top.legend(loc="lower right")
+    _headline(top, f"{chosen} at once serve most turns in time", under)
+    return top, bottom
+
+
+def spans(
+    rows: Sequence[Mapping[str, Any]], finding: str, under: str, *, limit: tuple[float, str] | None = None, **axes: Any
+) -> Axes:
+    """Bars from `start` to `end` by `label`, a colour per `group`, with whiskers over the `interval` and a `text`."""
+    ax = plt.gca()
+    labels, groups = (list(dict.fromkeys(row[name] for row in rows)) for name in ("label", "group"))
+    height = 0.8 / len(groups)
+    for row in rows:
+        group = groups.index(row["group"])
+        y = labels.index(row["label"]) + (group - (len(groups) - 1) / 2) * height
+        ax.barh(y, row["end"] - row["start"], 0.9 * height, left=row["start"], color=f"C{group}")
+        ax.plot(row["interval"], [y, y], color="#1f2429", linewidth=1.2, marker="|", markersize=6)
+        at = max(row["end"], *row["interval"]), y
+        ax.annotate(row["text"], at, xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+    if limit:
+        ax.axvline(limit[0], color="#1f2429", linewidth=0.9, linestyle=":")
+        ax.text(limit[0], 1, f"{limit[1]} ", transform=ax.get_xaxis_transform(), ha="right", va="top", fontsize=9)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.margins(x=0.2)
+    ax.set(**{"xlim": (0, None), **axes})
+    ax.grid(axis="y", visible=False)
+    if len(groups) > 1:
+        colours = [Patch(color=f"C{index}") for index in range(len(groups))]
+        ax.legend(colours, groups, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=len(groups))
+    _headline(ax, finding, under)
+    return ax
+
+
 def short_name(gpu: GpuSpec) -> str:
     """The GPU's name without its maker."""
     return gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ").removeprefix("AMD ")

@@ -1,6 +1,7 @@
 """The command that starts an engine, from the templates and flag names of data/engines."""
 
 import os
+import re
 import shlex
 import socket
 from collections.abc import Mapping
@@ -105,6 +106,20 @@ def launch(
         engine, argv, environment, host, port, served_model_name or model, rule["health"], rule["failure_noise"],
         str(fields["name"]) if docker else None, cpu,
     )  # fmt: skip
+
+
+def port_of(engine: str, command: str) -> int:
+    """The port that a command names with --port, else the engine's own default.
+
+    >>> port_of("vllm", "vllm serve m --port 9000 {flags}"), port_of("sglang", "serve {flags}")
+    (9000, 30000)
+    """
+    found = re.search(r"--port[= ]+(\d+)", command) or re.search(
+        r"{port}:(\d+)", engine_data(engine)["start"]["docker"]
+    )
+    if not found:
+        raise UserError(f"engine command {command!r}: no {{port}} in it")
+    return int(found[1])
 
 
 def free_port(wanted: int = 0) -> int:
