@@ -22,7 +22,8 @@ REASONS = {
     "kv_cache": "the KV pool holds no more turns at once, fewer let turns wait",
     "load": "every value tried serves this load alike; the closed loops' limit protects the engine from more",
 }
-FLAT = 0.01  # goodputs this near are one
+FLAT, FEW = 0.01, 2  # goodputs this near are one, or within so many turns
+NEAR = 0.9  # of the best goodput: worth a start to know better
 MOST_LEVELS = 10  # open loops of the search
 FINEST = 1.2  # values closer than this are not told apart
 GENEROUS, LEAST_FIRST = 4, 64  # limit of the first start: so many times what is expected, and at least
@@ -165,10 +166,17 @@ class Tuner:
         return caps
 
     def worth_a_start(self, caps: dict[int, Level], best: int) -> list[int]:
-        """The best value, and beside it the next best that is not plainly worse."""
-        others = sorted((n for n in caps if n != best), key=lambda n: -caps[n].goodput_requests_per_s)
-        near = [n for n in others if caps[n].goodput_requests_per_s > 0.9 * caps[best].goodput_requests_per_s]
-        return [best, *near[: 0 if flat(caps) else 1]][: self.max_boots - 1]
+        """The best value, and beside it the better neighbour that is not plainly worse.
+
+        Also the first start's own limit, which needs no start: where it is a second best, the load was the judge.
+        """
+        if self.max_boots < 2 or flat(caps):
+            return [best][: self.max_boots - 1]
+        values = sorted(n for n in caps if caps[n].goodput_requests_per_s > NEAR * caps[best].goodput_requests_per_s)
+        at, own = values.index(best), max(caps)
+        beside = [n for n in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]) if n != own]
+        beside.sort(key=lambda n: -caps[n].goodput_requests_per_s)
+        return [n for n in values if n == own] + [n for n in (best, *beside) if n != own][: self.max_boots - 1]
 
     def confirm(self, max_num_seqs: int) -> list[Level]:
         """Open loops without a cap on a start with that limit: the load of the search, and one never seen."""
@@ -232,16 +240,16 @@ def rate(levels: Sequence[Level]) -> float:
     return sum(one.goodput_requests_per_s for one in levels) / len(levels)
 
 
+def alike(caps: Mapping[int, Level]) -> list[int]:
+    """The values with the highest goodput, ascending; a turn or two make no difference."""
+    best = max(caps.values(), key=lambda one: one.goodput_requests_per_s)
+    least = min((1 - FLAT) * best.goodput_requests_per_s, best.goodput_requests_per_s - FEW / best.duration_s)
+    return sorted(n for n, one in caps.items() if one.goodput_requests_per_s >= least)
+
+
 def flat(caps: Mapping[int, Level]) -> bool:
     """Whether all these values serve the load alike."""
-    rates = [one.goodput_requests_per_s for one in caps.values()]
-    return min(rates) >= (1 - FLAT) * max(rates)
-
-
-def alike(caps: Mapping[int, Level]) -> list[int]:
-    """The values with the highest goodput, ascending."""
-    most = max(one.goodput_requests_per_s for one in caps.values())
-    return sorted(n for n, one in caps.items() if one.goodput_requests_per_s >= (1 - FLAT) * most)
+    return len(alike(caps)) == len(caps)
 
 
 def nearest(caps: Mapping[int, Level], begin: int) -> int:
