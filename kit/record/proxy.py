@@ -13,8 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import httptools
-
+from kit.emulator.server import Connection
 from kit.errors import UserError
 from kit.loadgen.plan import Target
 from kit.loadgen.stream import StreamParser
@@ -46,52 +45,17 @@ def upstream(url: str) -> Target:
     return target
 
 
-class Client(asyncio.Protocol):
-    """One connection of an agent: its requests, one after another."""
+class Client(Connection):
+    """One connection of an agent, with the headers of its request; what is asked on it, the Recorder answers."""
 
-    def __init__(self, recorder: "Recorder") -> None:
-        self.recorder = recorder
-        self.call: Answer | None = None
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.parser: Any = httptools.HttpRequestParser(self)
-        self.recorder.connections.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.recorder.connections.discard(self)
-        self.parser = None
-        if self.call is not None:
-            self.call.left()
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.refuse(400, f"not HTTP: {error}")
-            self.transport.close()
+    call: "Answer | None"  # type: ignore[assignment]
 
     def on_message_begin(self) -> None:
-        self.began_s = monotonic()
-        self.url, self.body, self.headers = b"", bytearray(), list[tuple[bytes, bytes]]()
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
+        super().on_message_begin()
+        self.began_s, self.headers = monotonic(), list[tuple[bytes, bytes]]()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
-
-    def on_body(self, body: bytes) -> None:
-        self.body += body
-
-    def on_message_complete(self) -> None:
-        Answer(self, self.recorder)
-
-    def refuse(self, status: int, why: str) -> None:
-        """An answer of the proxy's own, in OpenAI's form."""
-        body = json.dumps({"error": {"message": f"kit record: {why}", "type": "proxy", "code": status}}).encode()
-        head = b"HTTP/1.1 %d Error\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        self.transport.write(head % (status, len(body)) + body)
 
 
 class Upstream(asyncio.Protocol):
@@ -106,13 +70,13 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         answer = self.answer
-        if answer is None:
+        if answer is not None:
+            answer.feed(data, monotonic())
+        if answer is None or answer.reason == "garbage":
             self.transport.abort()
-            return
-        answer.feed(data, monotonic())
-        if answer.complete or answer.reason == "garbage":
+        elif answer.complete:
             self.answer = None
-            self.recorder.idle.append(self) if answer.complete and answer.keep else self.transport.close()
+            self.recorder.idle.append(self) if answer.keep else self.transport.close()
             answer.over()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -125,27 +89,27 @@ class Upstream(asyncio.Protocol):
         """Put the request of an answer on the wire."""
         self.answer, answer.connection = answer, self
         self.used += 1
-        self.transport.write(answer.request)
+        self.transport.write(answer.data)
 
 
 class Answer(StreamParser):
     """One request and its answer on the way back: passed on first, looked at second."""
 
-    def __init__(self, client: Client, recorder: "Recorder") -> None:
+    def __init__(self, client: Client, body: bytes, recorder: "Recorder") -> None:
         super().__init__(keep_text=recorder.content)
         self.client, self.recorder, self.began_s = client, recorder, client.began_s
         self.connection: Upstream | None = None
         self.is_call = client.url.partition(b"?")[0].endswith(MODEL_CALLS)
         self.whole, self.held, self.lines, self.phrase = b"", b"", list[bytes](), b""
-        body = bytes(client.body)
         self.hides = self.is_call and bool(STREAMS.search(body)) and b'"stream_options"' not in body
-        self.request = self._request(body.replace(b"{", ASK_USAGE, 1) if self.hides else body)
+        self.request = self  # what its client's connection cancels
+        self.data = self._as_sent(body.replace(b"{", ASK_USAGE, 1) if self.hides else body)
         self.keep = self.framed = False
         client.call = self
         recorder.forward(self)
         self.asked = Asked(body, client.headers, recorder.sessions) if self.is_call else None
 
-    def _request(self, body: bytes) -> bytes:
+    def _as_sent(self, body: bytes) -> bytes:
         client, host = self.client, self.recorder.host
         lines = [client.parser.get_method() + b" " + self.recorder.root + client.url + b" HTTP/1.1", b"host: " + host]
         lines += [name + b": " + value for name, value in client.headers if name not in OWN]
@@ -165,7 +129,7 @@ class Answer(StreamParser):
         self.keep = self._http.should_keep_alive()
         lines = self.lines + [b"transfer-encoding: chunked"] * (not self.framed)
         head = b"HTTP/1.1 %d %s" % (self._http.get_status_code(), self.phrase)
-        self.client.transport.write(b"\r\n".join([head, *lines, b"", b""]))
+        self.client.write(b"\r\n".join([head, *lines, b"", b""]))
 
     def on_body(self, body: bytes) -> None:
         self._pass_on(body)
@@ -180,13 +144,13 @@ class Answer(StreamParser):
             cut = len(self.held) if end else max(ends, default=0)
             body, self.held = USAGE_EVENT.sub(b"", self.held[:cut]), self.held[cut:]
         if body:
-            self.client.transport.write(body if self.framed else b"%x\r\n%b\r\n" % (len(body), body))
+            self.client.write(body if self.framed else b"%x\r\n%b\r\n" % (len(body), body))
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._pass_on(b"", end=True)
         if not self.framed:
-            self.client.transport.write(b"0\r\n\r\n")
+            self.client.write(b"0\r\n\r\n")
         if self.whole and self.status == 200:
             with suppress(ValueError, LookupError, TypeError, AttributeError):
                 told = json.loads(self.whole)
@@ -209,37 +173,25 @@ class Answer(StreamParser):
         self.close()
         if not self.complete:
             self.reason = self.reason or "cut"
-            if self._head_done:
-                self.client.transport.abort()
-            else:
-                self.client.refuse(502, "the upstream closed the connection")
-        self.over()
-
-    def left(self) -> None:
-        """The client is gone: so is the upstream's reason to go on."""
-        self.reason = self.reason or "client_left"
-        if self.connection is not None:
-            self.connection.answer = None
-            self.connection.transport.abort()
+            self.client.transport.abort() if self._head_done else self.client.reply(502, "the upstream closed")
         self.over()
 
     def over(self) -> None:
         """Write the row and let go of everything."""
-        self.client.call = None
+        self.client.done()
         if self.asked is not None:
             self.recorder.write(self, self.asked)
         del self._http  # it refers back to this object
 
 
 class Recorder:
-    """Connections, sessions and the file; `listen` serves it."""
+    """Sessions and the file, and what a Connection expects of an Api and its clock; `listen` serves it."""
 
     connection = Client
 
     def __init__(self, target: Target, out: Path, content: bool = False) -> None:
         self.target, self.content, self.sessions = target, content, Sessions()
-        self.host, port = target.address[0].encode(), target.address[1]
-        self.host += b":%d" % port
+        self.clock, self.host = self, "{}:{}".format(*target.address).encode()
         self.root = target.path.removesuffix("/v1/chat/completions").encode()
         self.tls = ssl.create_default_context() if target.tls else None
         self.connections, self.idle = set[Client](), list[Upstream]()
@@ -249,6 +201,21 @@ class Recorder:
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}") from None
         self._append({"kit_recording": 1, "started_utc": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def serve(self, client: Client, route: str, body: bytearray) -> None:
+        """Pass a request on."""
+        Answer(client, bytes(body), self)
+
+    def poll(self) -> None:
+        """Nothing falls due here."""
+
+    def cancel(self, answer: Answer) -> None:
+        """The client is gone: so is the upstream's reason to go on."""
+        answer.reason = answer.reason or "client_left"
+        if answer.connection is not None:
+            answer.connection.answer = None
+            answer.connection.transport.abort()
+        answer.over()
 
     def forward(self, answer: Answer, new: bool = False) -> None:
         """Send it on a connection that is free, else on a new one."""
@@ -260,14 +227,13 @@ class Recorder:
         task.add_done_callback(self.tasks.discard)
 
     async def _on_new(self, answer: Answer) -> None:
-        open_one = asyncio.get_running_loop().create_connection(
-            lambda: Upstream(self), *self.target.address, ssl=self.tls
-        )
+        loop, (host, port) = asyncio.get_running_loop(), self.target.address
+        opened = loop.create_connection(lambda: Upstream(self), host, port, ssl=self.tls)
         try:
-            _, connection = await asyncio.wait_for(open_one, CONNECT_TIMEOUT_S)
+            _, connection = await asyncio.wait_for(opened, CONNECT_TIMEOUT_S)
         except (OSError, TimeoutError) as error:
             answer.reason = "connect"
-            answer.client.refuse(502, f"the upstream cannot be reached ({error})")
+            answer.client.reply(502, f"the upstream cannot be reached: {error}")
             answer.over()
             return
         if answer.client.call is answer:
