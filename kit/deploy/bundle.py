@@ -17,7 +17,9 @@ from kit.deploy.values import Source, defaults
 from kit.errors import UserError, unknown
 
 ARCHITECTURES: Mapping[str, Any] = load_yaml(DATA / "deploy.yaml")["architectures"]
+SIZED = ("sessions", "sessions_interval", "kv_cache_tokens", "speed", "speed_interval", "start_s", "weight")
 FREE = ("flags", "node_selector")  # maps whose keys are the engine's or the cluster's own
+KINDS = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 HEAD = "# Yours to edit: kit deploy keeps this file and renders the others from it.\n"
 
 
@@ -31,9 +33,12 @@ def render(source: Source, architecture: str, out: Path, target: str | None = No
     if path.is_file() and _hash(path.read_text(encoding="utf-8")) != untouched:
         text = path.read_text(encoding="utf-8")
         values = _merge(computed, _own(path), str(path))
-    files = {"values.yaml": text, **_rendered(context(source.case, architecture, target, values), architecture, target)}
+    made = context(source.case, architecture, target, values)
+    files = {"values.yaml": text, **_rendered(made, architecture, target)}
     record: dict[str, Any] = {"kit_version": __version__, "scenario": source.case.key, "architecture": architecture}
     record |= {"target": target, "values_sha256": _hash(_values_text(computed)), "values": values}
+    record |= {"pools": {one["name"]: {name: one[name] for name in SIZED} for one in made["pools"]}}
+    record |= {"warnings": made["warnings"]}
     record["files"] = {name: _hash(one) for name, one in sorted(files.items())}
     _write(out, files, before, record)
     return record
@@ -66,7 +71,8 @@ def _rendered(values: Mapping[str, Any], architecture: str, target: str) -> dict
             if path.is_file():
                 name = path.relative_to(TEMPLATES / folder if folder == root else TEMPLATES).as_posix()
                 files |= _expand(texts, path, name, values)
-    return {name: text.lstrip("\n") for name, text in files.items() if text.strip()}  # what does not apply is empty
+    tidy = {name: re.sub(r"\n{3,}", "\n\n", text).lstrip("\n") for name, text in files.items()}
+    return {name: text for name, text in tidy.items() if text}  # what does not apply is empty
 
 
 def _expand(texts: Any, path: Path, name: str, values: Mapping[str, Any]) -> dict[str, str]:
@@ -95,16 +101,16 @@ def _own(path: Path) -> dict[str, Any]:
 
 
 def _merge(computed: Mapping[str, Any], own: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The user's values over the computed ones; a name that nothing reads is refused."""
+    """The user's values over the computed ones; a name that nothing reads and a value of another kind are refused."""
     merged = dict(computed)
     for name, value in own.items():
         if name not in computed and not where.endswith(FREE):
             raise unknown(f"value in {where}:", name, computed, shown=30)
         base = computed.get(name)
-        if isinstance(base, dict) != isinstance(value, dict) and base is not None:
-            raise UserError(
-                f"{where}: {name} is {'a mapping' if isinstance(base, dict) else repr(base)}, got {value!r}"
-            )
+        if base is not None and KINDS.get(type(value)) != KINDS[type(base)]:
+            raise UserError(f"{where}: {name} is {KINDS[type(base)]}, like {base!r}; got {value!r}")
+        if KINDS.get(type(value)) == "a number" and value <= 0:
+            raise UserError(f"{where}: {name} must be above 0, got {value!r}")
         merged[name] = _merge(base or {}, value, f"{where}: {name}") if isinstance(value, dict) else value
     return merged
 

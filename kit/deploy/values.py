@@ -12,7 +12,7 @@ from kit import catalog
 from kit.catalog import GpuSpec, ModelSpec
 from kit.catalog.paths import DATA, load_yaml
 from kit.engine_config import EngineConfig
-from kit.errors import UserError
+from kit.errors import UserError, unknown
 from kit.memory.packing import PROCESS_BYTES
 from kit.memory.sessions import Demand, alternatives
 from kit.memory.startup import start_up
@@ -144,8 +144,8 @@ def _room(case: Scenario, held: Held) -> int:
 
 def _config(case: Scenario, spec: ModelSpec, engine: str) -> EngineConfig:
     """The engine's flags for that model; the scenario's quantization is its own model's."""
-    own = spec.key == catalog.model(case.model).key
-    config = case.config(spec, engine=engine)
+    own, rule = spec.key == catalog.model(case.model).key, load_yaml(DATA / "deploy.yaml")["engines"]
+    config = case.config(spec, engine=engine, **rule.get(engine, {}).get("flags", {}))
     return config if own else replace(config, quantization=None)
 
 
@@ -220,6 +220,8 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
     """What follows from a pool's values: sessions, KV tokens, speed and start-up; refuses what cannot start."""
     spec, card, flags = catalog.model(values["model"]), catalog.gpu(values["gpu"]), values["flags"]
     share = values["replicas_per_gpu"]
+    if wrong := flags.keys() - EngineConfig.__slots__:
+        raise unknown("flag", min(wrong), FLAGS)
     same = {name: values[name] for name in ("engine", "engine_version", "gpu_count")}
     asked = EngineConfig(**{**same, "quantization": _config(case, spec, "vllm").quantization, **flags})
     context = min(case.context_tokens, flags["max_model_len"])
@@ -245,6 +247,7 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
         shared += f"{alone.kv_cache_tokens():,} (modelled): the weights are there {share} times"
     rows, tokens = min(config.max_num_seqs, room), int(mean(case.growth_tokens))
     speed = rows / step_time(spec, card, config).step_s((), rows, rows * tokens)
+    factor = fitted(spec, card, config).tpot_factor
     weights = memory.weights.size_bytes * values["gpu_count"]
     start = start_up(weights, "network-volume")
     return {
@@ -254,7 +257,7 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
         "sessions_interval": tuple(int(n * room / held.answer.max_concurrent_sessions) for n in held.sessions_interval),
         "kv_cache_tokens": memory.kv_cache_tokens(),
         "speed": values["output_tokens_per_s"] or speed,
-        "speed_factor": fitted(spec, card, config).tpot_factor,
+        "speed_interval": None if values["output_tokens_per_s"] else (speed / factor, speed * factor),
         "shared_kv": shared,
         "card_quantization": spec.quantization,
         "weights_gib": weights / GIB,

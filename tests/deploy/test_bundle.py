@@ -13,6 +13,7 @@ import yaml
 
 from kit.catalog.paths import DATA, load_yaml
 from kit.deploy import Source, render
+from kit.engine_config import engine_data
 from kit.errors import UserError
 from kit.scenario import load
 
@@ -241,7 +242,7 @@ def test_a_scenario_may_hold_tuned_flags(tmp_path):
 def test_other_engines_drop_in(tmp_path, engine, flag):
     made(tmp_path, engine=engine)
     service = compose(tmp_path)["services"]["engine-0"]
-    assert engine.split("-")[0] in service["image"]
+    assert service["image"] == engine_data(engine)["start"]["image"].format(version=engine_data(engine)["newest"])
     if flag:
         assert flag in service["command"]
     else:
