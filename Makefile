@@ -17,7 +17,7 @@ CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 FIND_PYTHON = for p in $(CANDIDATES); do "$$p" -c "$(USABLE)" >/dev/null 2>&1 && { echo "$$p"; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-engines engine agents test-agents lint notebooks lab lock lock-engines lock-agents clean
+.PHONY: help setup run test test-engines engine agents test-agents lint notebooks bundles deploy-tools test-deploy lab lock lock-engines lock-agents lock-deploy clean
 
 help:
 	@echo "make run        the walkthrough for one GPU (GPU=h200-sxm-141gb, SCENARIO=file.yaml, NOTEBOOKS=00,02)"
@@ -29,6 +29,8 @@ help:
 	@echo "make setup      .venv with the kit command and the notebooks"
 	@echo "make lint       ruff, mypy, size of kit/"
 	@echo "make notebooks  build notebooks/*.ipynb from notebooks/src/*.py"
+	@echo "make bundles    render docker/* from docker/templates"
+	@echo "make test-deploy   a bundle's nginx, Prometheus, Alertmanager and routers before emulators"
 	@echo "make lab        the notebooks in JupyterLab"
 	@echo "make lock       resolve requirements/*.lock anew"
 
@@ -97,6 +99,22 @@ lint: $(VENV)/.dev
 notebooks: $(VENV)/.dev
 	@$(BIN)/python notebooks/build.py $(ARGS)
 
+bundles: $(VENV)/.dev
+	@$(BIN)/python docker/render.py
+
+# What reads or runs parts of a bundle, each in an environment of its own; nginx and Prometheus come from the system.
+.deploy/%/.done: requirements/deploy-%.lock | $(BIN)/python
+	@echo "Installing requirements/deploy-$*.lock into .deploy/$*" >&2
+	@$(BIN)/python -m venv .deploy/$*
+	@.deploy/$*/bin/python -m pip install --quiet --require-hashes -r $<
+	@touch $@
+
+deploy-tools: .deploy/tools/.done
+
+test-deploy: $(VENV)/.dev .deploy/tools/.done
+	@$(MAKE) --no-print-directory -k .deploy/router/.done .deploy/litellm/.done || echo "their tests are skipped" >&2
+	@$(BIN)/python -m pytest -m deploy -rs --durations=5 tests/deploy
+
 lab: $(VENV)/.notebooks
 	@$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
 
@@ -124,6 +142,14 @@ lock-agents: $(VENV)/.dev
 	UV_CUSTOM_COMPILE_COMMAND="make lock-agents" $(BIN)/uv pip compile requirements/agents.in \
 	  -o requirements/agents.lock --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-annotate --no-emit-index-url --no-config
+
+lock-deploy: export UV_CUSTOM_COMPILE_COMMAND := make lock-deploy
+lock-deploy: $(VENV)/.dev
+	for name in tools router litellm dstack; do \
+	  $(BIN)/uv pip compile requirements/deploy-$$name.in -o requirements/deploy-$$name.lock --quiet --upgrade \
+	    --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_34 \
+	    --no-annotate --no-emit-index-url --no-config || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,7 @@ from kit.errors import UserError
 
 PASSED, FAILED, OPEN = "passed", "failed", "not provable here"
 FACTS = load_yaml(DATA / "deploy_check.yaml")
-TOOLS = DATA.parent / ".venv-deploy" / "bin"  # make deploy-tools
+TOOLS = DATA.parent / ".deploy" / "tools" / "bin"  # make deploy-tools
 
 
 @dataclass(frozen=True, slots=True)
