@@ -3,7 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from conftest import ask, kill, many, names, needs_nginx, staged, told, until
+from behind_nginx import ask, kill, many, names, needs_nginx, staged, told, until
 
 from kit.deploy.stage import Stage
 from kit.engine_config import EngineConfig
