@@ -161,7 +161,9 @@ class Tuner:
         step = 2.0
         while step > FINEST and not flat(caps):
             best = nearest(caps, begin)
-            if not any([measure(best * step), measure(best / step)]) or nearest(caps, begin) == best:
+            sides = (best * step,) if step == 2.0 else (best * step, best / step)  # far below no better one lies
+            measured = [measure(cap) for cap in sides]
+            if not any(measured) or nearest(caps, begin) == best:
                 step = sqrt(step)
         return caps
 
