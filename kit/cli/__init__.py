@@ -14,6 +14,7 @@ COMMANDS = {
     "emulate": "the engine in real time behind an OpenAI-compatible server, without a GPU",
     "load": "load-test an OpenAI-compatible server",
     "calibrate": "ten minutes of probes of a live server, for predict and simulate",
+    "compare": "runs of several GPUs side by side",
     "record": "what agents ask of a server, as a workload to play again",
     "deploy": "a bundle to run it: engines, NGINX, monitoring; and the check of one",
     "tune": "max_num_seqs and its companions for an SLO, confirmed in few engine starts",
