@@ -217,6 +217,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 }
 CALCULATIONS: dict[str, Callable[..., float]] = {
     "sessions": _sessions,  # that one replica holds
+    "together": lambda count, **asked: count * _sessions(**asked),  # sessions of several engines on one GPU
     "required_gb": _required_gb,  # of the engine's share on all GPUs, sessions included
     # fewest of one node that hold the sessions on one replica
     "gpus": lambda **asked: next((n for n in scenario.COUNTS if _held(**asked, gpu_count=n).answer.fits), inf),
@@ -232,6 +233,7 @@ CALCULATIONS: dict[str, Callable[..., float]] = {
     "share": lambda **asked: _held(**asked).memory.config.gpu_memory_utilization,
     "overhead": _overhead,  # neither weights nor KV cache, as a fraction of the weights or the card
     "ready_s": _ready_s,  # low (0) or high (1) end, machine and image there; without an end the weights alone
+    "cold_s": lambda model, storage, end: start_up(2 * model.parameters, storage).total_s()[end],  # from nothing
     "wake_s": lambda model, gpu: 2 * model.parameters / gpu.pcie_bytes_per_s,
     "prefill_s": _prefill_s,  # at the datasheet's full rate: a lower bound
     "ttft_multiple": _ttft_multiple,  # TTFT limit over the prefill bound, prompts queued before it

@@ -37,12 +37,16 @@ EXPECTED = {
     "D4": [CONDITION],
     "E4": [HOLDS, CONDITION],
     "E5": [CONDITION, HOLDS, CONDITION, HOLDS],
+    "F1": [CONDITION],
+    "F2": [CONDITION],
+    "F3": [HOLDS],
 }
 ASKED = {
     "00": ["A1", "A2", "A3", "A5", "A6", "A7", "B1", "B2", "B3", "B4"],
     "01": ["A1", "A2", "A3", "A5", "A6", "A7", "B3"],
     "02": ["A4", "A6", "B1", "B2", "B4", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"],
     "03": ["D2", "D3", "D4", "E4", "E5"],
+    "08": ["B3", "F1", "F2", "F3"],
 }
 GB = 1e9
 KV_7B = 2 * 32 * 8 * 128 * 2  # Mistral 7B: key and value, 32 layers, 8 KV heads of 128, 2 bytes
@@ -272,11 +276,13 @@ def test_lines_that_a_run_answers():
 
 @pytest.mark.parametrize(
     ("turn_s", "short_turn_s", "in_time", "verdicts"),
-    [(0.5, 0.3, 0.2, [HOLDS, HOLDS]), (4.0, 0.3, 1.0, [NOT, CONDITION]), (4.0, 0.1, 0.94, [HOLDS, NOT])],
-)
+    [(0.5, 0.3, (0.2, 0.0), [HOLDS, HOLDS]), (4.0, 0.3, (1.0, 0.9), [CONDITION, CONDITION]),
+     (4.0, 0.1, (1.0, 1.0), [NOT, NOT])],
+)  # fmt: skip
 def test_lines_that_the_latency_budget_answers(turn_s, short_turn_s, in_time, verdicts):
-    found = {"turn_s": turn_s, "short_turn_s": short_turn_s, "most_tokens_in_time": in_time, "output_tokens": 200}
-    found |= {"most_tokens_gpus": 1, "dearer": 1.4, "wait_s": 0.05, "few": 12, "many": 60}
+    found = {"turn_s": turn_s, "short_turn_s": short_turn_s, "many_in_time": in_time[0], "many_voiced": in_time[1]}
+    found |= {"few_sessions": 10, "many_sessions": 90, "token_times": 3.1, "ttft_times": 2.2, "wait_s": 0.05}
+    found |= {"few": 12, "many": 60, "output_tokens": 200}
     ranking, budget = article.lines("03", found)
-    assert [ranking.id, ranking.verdict, budget.id, budget.verdict] == ["A3", verdicts[0], "D1", verdicts[1]]
+    assert [(ranking.id, ranking.verdict), (budget.id, budget.verdict)] == [("A3", verdicts[0]), ("D1", verdicts[1])]
     assert not any(re.search(r"[{}]", one.reason) for one in (ranking, budget))
