@@ -58,8 +58,8 @@ def _ran(name: str, program: str, *arguments: str | Path, cwd: Path | None = Non
         return
     done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    told = next((line for line in lines if re.search(r"emerg|error|FAIL|invalid|\bissue", line, re.I)), "")
-    said = told or (lines[-1] if lines else "no message")
+    first = next((at for at, line in enumerate(lines) if _FAULT.search(line)), len(lines) - 1)
+    said = " ".join(lines[max(0, first) : first + 2]) or "no message"
     yield Finding(name, FAILED if done.returncode else PASSED, said if done.returncode else f"{program} accepts it")
 
 
@@ -128,6 +128,7 @@ def _images(folder: Path, _: dict[str, Any]) -> Iterator[Finding]:
     yield from _judged("images pinned", f"{len(named)} images have a version, {digests} of them a digest", loose)
 
 
+_FAULT = re.compile(r"emerg|Problem:|error|FAILED|invalid", re.IGNORECASE)
 _IMAGE = re.compile(r"^\s*(?:- )?(?:image:|FROM)\s+(\S+)", re.MULTILINE)
 _PINNED = re.compile(r":[\w.+-]*\d[\w.+-]*(@sha256:[0-9a-f]{64})?$")
 _SECRET = re.compile(

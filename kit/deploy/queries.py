@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from kit.catalog.paths import DATA, load_yaml
-from kit.deploy.watch import PAGES, page
+from kit.deploy.watch import PAGES, page, series
 from kit.engine_config import engine_data
 from kit.engines.lint import lint_metrics
 
@@ -67,6 +67,9 @@ def unknown_names(folder: Path, found: Found, engines: Sequence[tuple[str, str]]
     pages |= {" ".join(one): page(*one) or _unrecorded(one[0]) for one in engines}
     known = {name: set(one["labels"]) for metrics in pages.values() for name, one in metrics.items()}
     known |= {name: {"*"} for name in _OWN}
+    for engine, version in engines:  # counters that no page shows before their first event, read in the sources
+        born, names = engine_data(engine)["metrics"]["born_with_first_event"], series(engine, version)
+        known |= {names[one] or "": {"*"} for one in born if names[one] not in known}
     yamls = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.y*ml")))
     known |= {name: {"*"} for name in re.findall(r"record: (\S+)", yamls)}
     counters = folder / "monitoring" / "dcgm-counters.csv"

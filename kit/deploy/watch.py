@@ -50,8 +50,9 @@ def context(
     data/watch.yaml.
     """
     names, limits = series(engine, version), load_yaml(DATA / "watch.yaml")["thresholds"] | thresholds
-    given = {"engine": engine, "version": version, "metrics_path": engine_data(engine)["metrics"]["path"]}
-    given |= {"targets": {"engine": (), "edge": (), "gpu": (), **targets}, "gpus": gpus, "kubernetes": kubernetes}
+    given = {"engine": engine, "version": version, "metrics_path": engine_data(engine)["metrics"]["path"] or "/metrics"}
+    scraped = targets["engine"] if names["running"] else ()  # an engine without metrics is watched at the edge
+    given |= {"targets": {"edge": (), "gpu": (), **targets, "engine": scraped}, "gpus": gpus, "kubernetes": kubernetes}
     given |= {"burst": any(one["tier"] == "burst" for one in targets["engine"]), "webhook_file": webhook_file}
     given |= {"start_s": round(start_s), "stuck_s": round(2 * start_s), "usd_per_hour": usd_per_hour or {}}
     given |= {"budget_usd": budget_usd, "router": router, "slo_ttft_s": slo["ttft_s"], "slo_tpot_s": slo["tpot_s"]}
@@ -72,7 +73,8 @@ def panels(uid: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def dashboard(uid: str, limits: Mapping[str, Any]) -> str:
     """Grafana's JSON of a dashboard, its limits filled in; two panels a row."""
     board, given = panels(uid)
-    shown = [_panel(number, one, limits) for number, one in enumerate(given)]
+    printed = [one for one in given if "needs" not in one or limits[one["needs"]]]
+    shown = [_panel(number, one, limits) for number, one in enumerate(printed)]
     told = {"title": board["title"], "uid": board["uid"], "description": board["what"], "tags": ["agents"]}
     told |= {"schemaVersion": 39, "editable": False, "refresh": "10s", "time": {"from": "now-1h", "to": "now"}}
     return json.dumps({**told, "panels": shown}, indent=1, ensure_ascii=False)
