@@ -143,7 +143,7 @@ class Tuner:
         return one.slo_attainment_fraction >= self.goal.attainment_fraction
 
     def search(self, boot: Boot, begin: int) -> dict[int, Level]:
-        """Open loops by most turns let in: from `begin` uphill in steps that shrink; all on one start.
+        """Open loops by most turns let in: beside `begin`, and then in the gaps around the best; all on one start.
 
         A client that lets in at most n turns shows what the engine would do with max_num_seqs n, queue included.
         """
@@ -158,13 +158,8 @@ class Tuner:
 
         for cap in (begin, sqrt(2) * begin, 2 * begin, boot.max_num_seqs):
             measure(cap)
-        step = 2.0
-        while step > FINEST and not flat(caps):
-            best = nearest(caps, begin)
-            sides = (best * step,) if step == 2.0 else (best * step, best / step)  # far below no better one lies
-            measured = [measure(cap) for cap in sides]
-            if not any(measured) or nearest(caps, begin) == best:
-                step = sqrt(step)
+        while not flat(caps) and any([measure(sqrt(a * b)) for a, b in gaps(caps, begin)]):  # noqa: C419
+            pass
         return caps
 
     def worth_a_start(self, caps: dict[int, Level], best: int) -> list[int]:
@@ -266,6 +261,14 @@ def choose(caps: Mapping[int, Level], begin: int) -> int:
     """
     best, (lowest, *above) = nearest(caps, begin), alike(caps)
     return above[0] if best == lowest and not flat(caps) and above and above[0] <= 2 * best else best
+
+
+def gaps(caps: Mapping[int, Level], begin: int) -> list[tuple[int, float]]:
+    """The best value with its neighbours that are worse and still far: between them a better one may lie."""
+    values, best, same = sorted(caps), nearest(caps, begin), alike(caps)
+    at = values.index(best)
+    around = [values[at - 1] if at else best / 2, *values[at + 1 : at + 2]]
+    return [(best, other) for other in around if other not in same and max(best / other, other / best) > FINEST**2]
 
 
 def decides(caps: Mapping[int, Level], best: int) -> str:
