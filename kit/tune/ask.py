@@ -104,7 +104,8 @@ def own_flags(question: Question) -> dict[str, Any]:
     given = {name: getattr(config, name) for name in OWN}
     if config.quantization != "fp8" or spec.quantization is not None:
         del given["quantization"]  # other formats need a checkpoint of their own
-    return {name: value for name, value in given.items() if value not in (None, False, 1, "auto")}
+    given |= {name: None for name in OWN[:2] if given[name] == 1}
+    return {name: value for name, value in given.items() if value not in (None, False, "auto")}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +107,8 @@ class ByHand:
     def __call__(self, flags: dict[str, Any], log: Path) -> Target:
         """Its address, up with these flags as far as it tells. Raises NotRestarted."""
         wanted = int(flags["max_num_seqs"])
+        if self.first:  # one that does not answer at all is a mistake
+            check_model(self.target)
         if self.ask and max_num_seqs(self.target) != wanted:
             asked = " ".join(flag_arguments(self.engine, self.own | flags)[0])
             sys.stderr.write(
@@ -122,23 +123,21 @@ class ByHand:
 
     def _wait(self, wanted: int, asked: str) -> None:
         someone, gone = sys.stdin.isatty(), False
-        until = inf if someone else time.monotonic() + GRACE_S
-        while True:
+        until = time.monotonic() + GRACE_S
+        while someone or time.monotonic() < until:
             up, told = answers(self.target), max_num_seqs(self.target)
             entered = someone and bool(select.select([sys.stdin], [], [], 0)[0]) and bool(sys.stdin.readline())
             if up and (told == wanted or (told is None and (gone or entered))):
                 return
             if up and (gone or entered):
                 sys.stderr.write(f"It runs with {told}, not {wanted}\n")
-            if not up and not gone:
-                until = inf if someone else time.monotonic() + START_DEADLINE_S
+            if up == gone:  # it went down, or came back
+                until = time.monotonic() + (GRACE_S if up else START_DEADLINE_S)
             gone = not up
-            if time.monotonic() > until:
-                if self.first and up:
-                    sys.stderr.write("It was not restarted and nobody can be asked here: measured as it is\n")
-                    return
-                raise NotRestarted(f"--base-url {self.target.base_url}: not restarted with {asked}")
             time.sleep(POLL_S)
+        if not (self.first and up):
+            raise NotRestarted(f"--base-url {self.target.base_url}: not restarted with {asked}")
+        sys.stderr.write("It was not restarted and nobody can be asked here: measured as it is\n")
 
 
 def check_model(target: Target) -> None:
