@@ -32,6 +32,9 @@ def context(case: Scenario, architecture: str, target: str, values: Mapping[str,
         price = find(one["gpu"], market, rows)
         one[f"{market}_price"] = price and round(price.usd_per_hour(market) * one["gpu_count"], 4)
     made |= {"what": data["architectures"][architecture]["what"], "versions": data["versions"]}
+    prices = [one["spot_price" if one["tier"] == "burst" and one["spot_price"] else "on_demand_price"] for one in pools]
+    paid = [price and price * one["replicas"] for price, one in zip(prices, pools, strict=True)]
+    made["usd_per_hour"] = None if None in paid else round(sum(paid), 4)
     made["images"] = {
         name: one["image"] + (f"@{one['digest']}" if one["digest"] else "") for name, one in data["images"].items()
     }
@@ -53,8 +56,14 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]
     elif architecture == "single-node" and given["balance"] != BALANCE[0]:
         edge |= {"upstream": "router", "upstream_port": PORT}
-    engines = [[engine for pool in one["pools"] for engine in pool["engines"]] for one in upstreams]
-    return {"edge": edge, "upstreams": [one | {"engines": own} for one, own in zip(upstreams, engines, strict=True)]}
+    for one in upstreams:
+        slowest = min(pool["speed"] for pool in one["pools"])
+        for pool in one["pools"]:
+            pool["weight"] = round(POINTS * pool["speed"] / slowest)
+            for engine in pool["engines"]:
+                engine["weight"] = pool["weight"]
+        one["engines"] = [engine for pool in one["pools"] for engine in pool["engines"]]
+    return {"edge": edge, "upstreams": upstreams}
 
 
 def _pools(case: Scenario, values: Mapping[str, Any], data: Mapping[str, Any], cluster: bool) -> Pools:
@@ -79,10 +88,6 @@ def _pools(case: Scenario, values: Mapping[str, Any], data: Mapping[str, Any], c
         if one["place"] == "local":
             taken += ceil(one["replicas"] / one["replicas_per_gpu"]) * one["gpu_count"]
         pools.append(one)
-    slowest = min(one["speed"] for one in pools)
-    for one in pools:
-        one["weight"] = round(POINTS * one["speed"] / slowest)
-        one["engines"] = [own | {"weight": one["weight"]} for own in one["engines"]]
     return pools
 
 
