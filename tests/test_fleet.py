@@ -15,8 +15,9 @@ from kit.cli import main
 from kit.errors import UserError
 from kit.fleet import Study, compare
 from kit.fleet.capacity import Kind, completed
-from kit.fleet.control import Fleet, Group, run_minutes
+from kit.fleet.control import Fleet, Group
 from kit.fleet.day import FleetDay
+from kit.fleet.minutes import run_minutes
 from kit.fleet.study import MONTH_DAYS
 from kit.prices import GpuPrice
 from kit.scheduler import SchedulerConfig
@@ -43,7 +44,8 @@ def kind(rated=2.0, step_s=0.02, lead_s=(300.0, 300.0), key="h100-pcie-80gb", **
     """A replica that keeps the SLO up to `rated` turns per second and nothing beyond twice that."""
     rates = np.array([rated / 10, rated, rated * 1.01, rated * 2])
     scheduler = SchedulerConfig(**{"kv_blocks": 10_000, **limits})
-    curves = {"attainment": np.array([1.0, 1.0, 0.5, 0.0]), "in_flight": rates * 2, "kv_cache_usage": rates * 0}
+    curves = {"done_per_s": rates, "in_flight": rates * 2, "kv_cache_usage": rates * 0}
+    curves["attainment"] = np.array([1.0, 1.0, 0.5, 0.0])
     return Kind(gpu(key), 1, scheduler, ConstantSteps(step_s), lead_s, rates, **curves, e2el_s=2.0)
 
 
@@ -61,6 +63,12 @@ def poisson_sessions(rate, until_s, seed=0, turns=1, output_len=50, pause_s=30.0
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * until_s) + 10))
     steps = [Turn(100, output_len, pause_s) for _ in range(turns)]
     return [Session(key, float(at), list(steps), 0, 64) for key, at in enumerate(times[times < until_s])]
+
+
+def calls(counts, per_session=1):
+    """So many turns at the start of each minute, `per_session` neighbours of one session."""
+    at_s = np.repeat(60.0 * np.arange(len(counts)), counts)
+    return at_s, np.arange(len(at_s)) // per_session, np.zeros(len(at_s), int)
 
 
 MARKETS = st.sampled_from(["on_demand", "spot", "reserved"])
@@ -102,7 +110,7 @@ def test_every_turn_ends_in_one_count_and_every_hour_is_paid(shape, resume, stic
 @given(GROUPS, st.booleans(), st.integers(0, 99), st.lists(st.integers(0, 400), min_size=5, max_size=240))
 def test_the_minute_model_keeps_every_turn(shape, resume, seed, turns):
     fleet = build(shape, options(resume=resume), HOUR, seed)
-    total = run_minutes(fleet, np.array(turns, float), 0.5, 100.0)
+    total = run_minutes(fleet, calls(turns, 1 + seed % 3), 0.5, 100.0)
     assert total["completed"] + total["lost"] + total["unfinished"] == pytest.approx(sum(turns), abs=1e-6)
     assert -1e-9 <= total["good"] <= total["completed"] + 1e-6
     assert min(total.values()) >= -1e-6
@@ -124,7 +132,7 @@ def test_losing_work_never_raises_attainment():
 def test_a_month_always_on_is_720_hours_times_the_price():
     month_s = MONTH_DAYS * 86_400.0
     fleet = build([("on_demand", 3, 0, False)], options(), month_s, 0, discount_fraction=0.1)
-    run_minutes(fleet, np.full(43_200, 30.0), 0.5, 100.0)
+    run_minutes(fleet, calls(np.full(43_200, 3)), 0.5, 100.0)
     (hours,) = fleet.hours().values()
     assert hours * fleet.groups[0].price.usd_per_hour("on_demand") == pytest.approx(3 * 720 * 2.0 * 0.9)
 

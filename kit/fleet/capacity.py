@@ -1,7 +1,9 @@
 """What one replica serves: attainment, turns in flight and KV use by load, from one simulated ramp."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 RAMP_S = 600.0  # the load grows e-fold in this time: slow against a session
 FIRST_PER_S = 0.02  # sessions per second at its start
 BIN_TURNS = 250
+KV_FULL = 0.8  # of the pool at the heaviest load: then it is what ends a replica's capacity
+CHUNK_TOKENS = 2048
+PAUSES_S = (0.0, 1.0, 10.0, 100.0)  # between the sorts of turns: a session's first, then by the pause before it
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,35 +36,47 @@ class Kind:
     scheduler: SchedulerConfig
     step_time: StepTime
     lead_s: tuple[float, float]  # from launch to ready
-    turns_per_s: Floats
+    turns_per_s: Floats  # that come ..
+    done_per_s: Floats  # .. and that end: fewer where a queue grows
     attainment: Floats
     in_flight: Floats
     kv_cache_usage: Floats
     e2el_s: float  # mean of a turn
-    target_interval: tuple[float, float] | None = None  # of target_per_s, 90 %
+    work: Floats = field(default_factory=lambda: np.ones(1))  # of each turn of a sample over the mean turn's
+    ends: tuple["Kind", ...] = ()  # as slow and as fast as the step time's 90 % interval leaves open
 
-    @property
+    @cached_property
     def target_per_s(self) -> float:
         """Most turns per second of which 95 % meet the SLO; 0 where even the lightest load misses it."""
         return float(self.turns_per_s[self.attainment >= PASSING_ATTAINMENT].max(initial=0.0))
 
-    @property
+    @cached_property
     def rated_per_s(self) -> float:
         """What fleets are sized by: the target, or where there is none the load from which the queue grows."""
         return self.target_per_s or float(self.turns_per_s[-1])
 
-    def at(self, turns_per_s: float) -> tuple[float, float, float]:
-        """Attainment, turns in flight and KV use at that load, the latter two from zero up."""
-        columns = (self.attainment, self.in_flight, self.kv_cache_usage)
-        good, held, used = (float(np.interp(turns_per_s, self.turns_per_s, column)) for column in columns)
-        small = min(1.0, turns_per_s / self.turns_per_s[0])
-        return good, held * small, used * small
+    def held(self, turns_per_s: float) -> float:
+        """Turns in flight under a steady load."""
+        held, rate, *_ = self._curves
+        return float(np.interp(turns_per_s, rate, held))
+
+    def flow(self, in_flight: float) -> tuple[float, float, float]:
+        """Turns per second that end while so many are in flight, the attainment of those that come, KV use."""
+        held, _, *columns = self._curves
+        done, good, used = (float(np.interp(in_flight, held, column)) for column in columns)
+        return done, good, used
 
     def load(self, in_flight: float) -> float:
-        """Turns per second that keep so many in flight, read off the curve; in proportion beyond its end."""
+        """Turns per second that keep so many in flight, in proportion beyond the curve's end."""
+        held, rate, *_ = self._curves
+        return float(np.interp(in_flight, held, rate) * max(1.0, in_flight / held[-1]))
+
+    @cached_property
+    def _curves(self) -> tuple[Floats, ...]:
+        """Turns in flight (never less at more load), turns that come, that end, attainment, KV use: from no load up."""
         held = np.maximum.accumulate(self.in_flight)
-        found = np.interp(in_flight, np.append(0.0, held), np.append(0.0, self.turns_per_s))
-        return float(found * max(1.0, in_flight / held[-1]))
+        columns = held, self.turns_per_s, self.done_per_s, self.attainment, self.kv_cache_usage
+        return tuple(np.append(column[0] * (column is self.attainment), column) for column in columns)
 
 
 def completed(sim: Simulation, slo: dict[str, float | None]) -> pd.DataFrame:
@@ -75,6 +92,7 @@ def measure(
     step_time: StepTime,
     workload: Workload,
     slo: dict[str, Any],
+    sample: pd.DataFrame,
     factor: float = 1.0,
     ramp_s: float = RAMP_S,
 ) -> dict[str, Any]:
@@ -96,18 +114,46 @@ def measure(
 
     turns = completed(sim.run(ramp()), slo)
     turns = turns[turns.arrival_s < stopped_s]
-    minute = turns.arrival_s // 60
-    before = minute.map(minute.value_counts().sort_index().cumsum().shift(fill_value=0))  # minutes are kept whole
-    tokens = (turns.input_len + turns.output_len / 2) / (scheduler.kv_blocks * scheduler.block_size)
-    grouped = turns.assign(minute=minute, tokens=tokens).groupby(before // BIN_TURNS)
-    bins = grouped[["good", "residence_s", "tokens"]].mean().assign(turns=grouped.size(), span=grouped.minute.nunique())
-    bins = bins.assign(rate=bins.turns / bins.span / 60)
+    arrivals, residence_s = np.array(turns.arrival_s), np.array(turns.residence_s)
+    before = np.cumsum(np.append(0, np.bincount((arrivals // 60).astype(int))))[:-1]  # minutes are kept whole
+    edges_s = np.append(60.0 * np.flatnonzero(np.diff(before // BIN_TURNS, prepend=-1)), stopped_s)
+    span_s, count = np.diff(edges_s), np.histogram(arrivals, edges_s)[0]
+    turn_s = np.clip(edges_s[:, None] - arrivals, 0, residence_s).sum(axis=1)  # spent in turns until then
+    bins = pd.DataFrame({
+        "turns": count,
+        "rate": count / span_s,
+        "done": np.histogram(turns.end_s, edges_s)[0] / span_s,
+        "held": np.diff(turn_s) / span_s,
+        "good": np.histogram(arrivals, edges_s, weights=turns.good.astype(float))[0] / count,
+    })  # fmt: skip
     bins = bins[bins.rate > 0.9 * bins.rate.cummax()].sort_values("rate")  # not what an overload leaves behind
-    held = bins.rate * bins.residence_s
+    ramp_end = turns[turns.arrival_s > stopped_s - ramp_s]
+    tokens = float((ramp_end.input_len + ramp_end.output_len / 2).mean())
+    used = np.array(bins.held) * tokens / (scheduler.kv_blocks * scheduler.block_size)
     return {
         "turns_per_s": np.array(bins.rate),
+        "done_per_s": np.array(bins.done),
         "attainment": isotonic_regression(bins.good, weights=bins.turns, increasing=False).x,
-        "in_flight": np.array(held),
-        "kv_cache_usage": np.array((held * bins.tokens).clip(upper=1.0)),
-        "e2el_s": float(bins.residence_s.median()),
+        "in_flight": np.array(bins.held),
+        "kv_cache_usage": used.clip(max=1.0),
+        "e2el_s": float((bins.held / bins.rate).median()),
+        "work": _work(ramp_end, sample, used, max(1.0, float(bins.held.median())), scaled),
     }
+
+
+def _work(ramp: pd.DataFrame, sample: pd.DataFrame, used: Floats, rows: float, step_time: Any) -> Floats:
+    """What each turn of a sample takes of a replica, over the mean turn of a ramp: of the KV pool where that ends it,
+    else of the engine's time, for a prompt as cached as those after such a pause and for its share of the batch."""
+    first = sample.input_len + sample.output_len / 2, ramp.input_len + ramp.output_len / 2
+    if used[-1] > KV_FULL:
+        return np.array(first[0] / first[1].mean())
+    sort = np.digitize(ramp.pause_s, PAUSES_S)
+    fresh = (1 - ramp.hit_tokens / ramp.input_len).groupby(sort).mean().reindex(range(len(PAUSES_S) + 1)).fillna(1.0)
+    base_s, per_token_s = step_time.decode_line(ceil(rows))
+    token_s = step_time.step_s([(CHUNK_TOKENS, 0)], 0, 0) / CHUNK_TOKENS
+
+    def spent_s(turns: pd.DataFrame, tokens: Any) -> Any:
+        uncached = turns.input_len * np.array(fresh)[np.digitize(turns.pause_s, PAUSES_S)]
+        return uncached * token_s + turns.output_len * (base_s / rows + per_token_s * tokens)
+
+    return np.array(spent_s(sample, first[0]) / spent_s(ramp, first[1]).mean())

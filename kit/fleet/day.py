@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from kit.fleet.control import TICK_S, Fleet, Instance
+from kit.fleet.control import TAIL_S, TICK_S, Fleet, Instance
 from kit.scheduler import Request
 from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig
 from kit.simulator.loop import SessionState
 from kit.simulator.replica import Replica
 from kit.simulator.steps import StepClock
-
-TAIL_S = 7200.0  # how long after the horizon the fleet still runs for the turns of the last sessions
 
 
 class FleetDay(Simulation):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
-from math import ceil
+from math import ceil, inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +18,9 @@ from kit.catalog import model as find_model
 from kit.catalog.paths import DATA, load_yaml
 from kit.errors import UserError, unknown
 from kit.fleet.capacity import RAMP_S, Kind, completed, measure
-from kit.fleet.control import TICK_S, Fleet, Group, run_minutes
+from kit.fleet.control import TAIL_S, TICK_S, Fleet, Group
 from kit.fleet.day import FleetDay
+from kit.fleet.minutes import run_minutes
 from kit.fleet.traffic import DAY_S, Tier, Traffic
 from kit.memory.startup import start_up
 from kit.metrics import PASSING_ATTAINMENT
@@ -27,6 +28,7 @@ from kit.simulator import replica
 from kit.steptime import fitted
 
 MONTH_DAYS = 30  # 720 hours
+INTERVAL_DAYS = 7  # from which intervals are told
 Parts = list[tuple[list[Group], Tier]]
 
 
@@ -41,15 +43,19 @@ class Study:
             if name not in data["defaults"] | {"days": 1}:
                 raise unknown("field of fleet", name, data["defaults"], shown=30)
             numeric = isinstance((data["defaults"] | {"days": 1, "sessions_per_day": 1})[name], int | float)
-            if numeric and (not isinstance(value, int | float) or value < 0 or (name == "days" and not value > 0)):
+            if numeric and not (isinstance(value, int | float) and 0 <= value < inf and (value or name != "days")):
                 raise UserError(f"{name} must be a number above 0, got {value!r}")
+        for burst in given["bursts"]:
+            if not (isinstance(burst, dict) and {"at_s", "sessions"} <= burst.keys() <= {"at_s", "sessions", "over_s"}):
+                raise UserError(f"fleet: burst {burst!r} must have at_s and sessions, and may have over_s")
         if given["interruption_model"] not in self.interruptions:
             raise unknown("interruption_model", given["interruption_model"], self.interruptions)
         self.case, self.days, self.seed, self.today = case, days, seed, today or dt.date.today()
         self.slo: dict[str, float | None] = {"ttft_s": None, "tpot_s": None, **case.slo}
         self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
         self.traffic = Traffic(case, self.settings, days, seed)
-        self.turns_per_s = self.traffic.turns(0, days * DAY_S) / TICK_S
+        edges = np.arange(0, days * DAY_S + TAIL_S + TICK_S, TICK_S)
+        self.turns_per_s = np.histogram(self.traffic.calls(0, days * DAY_S)[0], edges)[0] / TICK_S
         self.peak_per_s, self.kinds = float(self.turns_per_s.max()), dict[tuple[str, str], Kind]()
 
     def kind(self, gpu_key: str, model_key: str) -> Kind:
@@ -66,10 +72,10 @@ class Study:
             limits = replace(limits, enable_prefix_caching=self.settings.prefix_caching)
             lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
             factor = fitted(model, gpu, held.memory.config).tpot_factor
-            load = limits, steps, self.traffic.workload, self.slo
+            load = limits, steps, self.traffic.workload, self.slo, self.traffic.sample
             made = Kind(gpu, count, limits, steps, lead_s, **measure(*load))
-            low, high = (replace(made, **measure(*load, by, RAMP_S / 3)).target_per_s for by in (factor, 1 / factor))
-            self.kinds[key] = replace(made, target_interval=(low, high))
+            ends = tuple(replace(made, **measure(*load, by, RAMP_S / 3)) for by in (factor, 1 / factor))
+            self.kinds[key] = replace(made, ends=ends)
         return self.kinds[key]
 
     def price(self, gpu: str, market: str) -> prices.GpuPrice:
@@ -94,11 +100,20 @@ class Study:
             raise UserError(f"no GPU can be used: {'; '.join(reasons) or 'the scenario names none in gpus'}")
         return min(costs, key=lambda gpu: costs[gpu])
 
-    def groups(self, policy: str, main: Kind, share: float = 1.0) -> list[Group]:
-        """The machines of a policy for a share of the load: for its peak, its mean, or what repays a reservation."""
+    def parts(self, policy: str, end: int | None = None) -> Parts:
+        """The machines of a policy by their share of the sessions, sized for an end of the capacity's interval."""
+        settings, tiered = self.settings, self.policies[policy].get("tiers")
+        edge = settings.tier_fraction if tiered else 0.0
+        tiers = [(settings.tier_gpu, settings.tier_model, 0.0, edge)] * bool(edge)
+        tiers.append((self.gpu, self.case.model, edge, 1.0))
+        return [(self._groups(policy, gpu, model, high - low, end), (low, high)) for gpu, model, low, high in tiers]
+
+    def _groups(self, policy: str, gpu: str, model: str, share: float, end: int | None) -> list[Group]:
+        """The machines for a share of the load: for its peak, its mean, or what repays a reservation."""
         made: list[Group] = []
         for one in self.policies[policy]["groups"]:
-            kind = self.kind(self.settings.burst_gpu or self.gpu, self.case.model) if one.get("burst") else main
+            kind = self.kind(self.settings.burst_gpu or gpu if one.get("burst") else gpu, model)
+            kind = kind if end is None else kind.ends[end]
             price, rated = self.price(kind.gpu.key, one["market"]), kind.rated_per_s
             loads = {"peak": share * self.peak_per_s, "mean": share * float(self.turns_per_s.mean())}
             loads["missing"] = loads["peak"] - sum(group.floor * group.kind.rated_per_s for group in made)
@@ -124,9 +139,9 @@ class Study:
                 out: dict[str, Any] = {"completed": len(good), "good": int(good.sum()), "planned": day.planned}
                 out |= {"lost": day.lost, "resumed": day.resumed, "refused": len(day.refused)}
             else:
-                turns = self.traffic.turns(first_s, last_s, tier)
-                out = run_minutes(fleet, turns, self.slo["ttft_s"], self.traffic.stay_s)
-                out["planned"] = float(turns.sum())
+                calls = self.traffic.calls(first_s, last_s, tier, groups[0].kind.e2el_s)
+                out = run_minutes(fleet, calls, self.slo["ttft_s"], self.traffic.stay_s)
+                out["planned"] = len(calls[0])
             ended = [one for one in fleet.live + fleet.ended if one.reclaimed and one.end_s < fleet.horizon_s]
             total.update({**out, "interruptions": len(ended)})
             for group, hours in fleet.hours().items():
@@ -164,24 +179,35 @@ class Study:
             return self._api()
         for one in record["groups"][:1]:  # refused before anything is simulated
             self.price(settings.tier_gpu if record.get("tiers") else self.gpu, one["market"])
-        main, parts = self.kind(self.gpu, self.case.model), Parts()
-        if edge := settings.tier_fraction if record.get("tiers") else 0.0:
-            small = self.kind(settings.tier_gpu, settings.tier_model)
-            parts.append((self.groups(policy, small, edge), (0.0, edge)))
-        parts.append((self.groups(policy, main, 1 - edge), (edge, 1.0)))
+        parts = self.parts(policy)
         groups = [group for part, _ in parts for group in part]
         chosen, spot = settings.interruption_model, any(group.market == "spot" for group in groups)
         result = self.run(parts, chosen, 0, end_s, whole=whole) | {"interruption_model": chosen if spot else None}
+        result |= self._intervals(policy, parts, result)
         others = [name for name in self.interruptions if spot and name != chosen]
         result["other_interruptions"] = {name: self.run(parts, name, 0, end_s, whole=whole) for name in others}
         result["checks"] = []
         for day in [] if whole else [day for day in settings.sampled_days if day + 1 <= self.days]:
             by = [self.run(parts, chosen, day * DAY_S, (day + 1) * DAY_S, whole=full) for full in (False, True)]
+            if not by[1]["turns"]["planned"]:
+                continue
             gap = by[0]["slo_attainment_fraction"] - by[1]["slo_attainment_fraction"]
             cost = by[0]["usd_per_month"] / by[1]["usd_per_month"] - 1
             result["checks"].append({"day": day, "attainment_difference": gap, "usd_difference_fraction": cost})
         told = [group.price.told(self.today) for group in groups]
         return result | {"prices": told, "replicas": [group.floor for group in groups], **self._lead(groups)}
+
+    def _intervals(self, policy: str, parts: Parts, central: Mapping[str, Any]) -> dict[str, Any]:
+        """90 %: USD of the policy sized for slow and for fast machines, attainment of this fleet if they are such."""
+        usd, met = [central["usd_per_month"]], [central["slo_attainment_fraction"]]
+        window: Any = self.settings.interruption_model, 0, min(self.days, INTERVAL_DAYS) * DAY_S
+        for end in (0, 1):
+            same = [([replace(one, kind=one.kind.ends[end]) for one in groups], tier) for groups, tier in parts]
+            usd.append(self.run(self.parts(policy, end), *window, whole=False)["usd_per_month"])
+            met.append(self.run(same, *window, whole=False)["slo_attainment_fraction"])
+        known = [one for one in met if one is not None]
+        attainment = (min(known), max(known)) if known else None
+        return {"usd_per_month_interval": (min(usd), max(usd)), "slo_attainment_interval": attainment}
 
     def _lead(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Seconds from signal to service of the scaled machines against the median burst above the fixed ones."""
@@ -202,6 +228,8 @@ class Study:
         usd = (usd + (price.cached or price.input) * load.resent_tokens) * len(load.starts_s) / 1e6
         bill = [{"gpu": "", "market": "per_token", "usd_per_gpu_hour": None, "gpu_hours": 0.0, "usd": usd}]
         figures = self._figures(Counter(), bill, self.days * DAY_S) | {"gpu_hours": {}, "interruption_model": None}
+        exact = figures["usd_per_month"]
+        figures |= {"usd_per_month_interval": (exact, exact), "slo_attainment_interval": None}
         figures |= {"lost_turns": None, "interruptions": None, "turns": None}
         told = {"method": "quoted", "prices": [price.told(self.today)], "other_interruptions": {}, "checks": []}
         return figures | told
@@ -225,7 +253,10 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
     reached = {name: row["slo_attainment_fraction"] or 0.0 for name, row in rows.items()}
     meeting = [name for name, fraction in reached.items() if fraction >= PASSING_ATTAINMENT]
     capacity = {
-        f"{model} on {gpu}": {"turns_per_s": one.target_per_s, "turns_per_s_interval": one.target_interval}
+        f"{model} on {gpu}": {
+            "turns_per_s": one.target_per_s,
+            "turns_per_s_interval": [end.target_per_s for end in one.ends],
+        }
         for (gpu, model), one in study.kinds.items()
     }
     return {

@@ -1,14 +1,14 @@
 """When sessions start over the whole period, and what one asks for."""
 
+from dataclasses import replace
 from itertools import takewhile
 from math import ceil
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from kit.fleet.capacity import Floats
-from kit.fleet.control import TICK_S
-from kit.fleet.day import TAIL_S
+from kit.fleet.minutes import Calls
 from kit.scenario import Scenario
 from kit.workload import Session, load
 
@@ -30,9 +30,20 @@ class Traffic:
             starts += [day * DAY_S + burst["at_s"] + at for day in range(ceil(days)) for at in over_s.tolist()]
         self.starts_s, rng = np.sort(np.array(starts)), np.random.default_rng([seed, 6])
         self._tier, self._like = rng.random(len(starts)), rng.integers(SAMPLE, size=len(starts))
-        sample = [self.workload.session.draw(np.random.default_rng([seed, 7, key]), key, 0.0) for key in range(SAMPLE)]
-        self._offsets = [np.cumsum([0.0, *(turn.pause_after_s for turn in one.turns[:-1])]) for one in sample]
-        self.stay_s = float(np.mean(np.concatenate(self._offsets)))  # age of a session at a turn
+        draw = self.workload.session.draw
+        self._sample = sample = [draw(np.random.default_rng([seed, 7, key]), key, 0.0) for key in range(SAMPLE)]
+        records = [
+            (length, turn.output_len, before.pause_after_s if number else -1.0, number)
+            for one in sample
+            for number, (length, before, turn) in enumerate(
+                zip(one.input_lens(), [one.turns[0], *one.turns[:-1]], one.turns, strict=True)
+            )
+        ]
+        self.sample = pd.DataFrame(records, columns=["input_len", "output_len", "pause_s", "turn"])
+        self._turns = np.array([len(one.turns) for one in sample])
+        pauses = self.sample.pause_s.clip(lower=0.0)
+        self._paused_s = np.array(pauses.groupby((self.sample.turn == 0).cumsum()).cumsum())  # before a turn
+        self.stay_s = float(self._paused_s.mean())  # age of a session at a turn
         self.prompt_tokens = float(np.mean([sum(one.input_lens()) for one in sample]))  # of one session
         self.output_tokens = float(np.mean([sum(turn.output_len for turn in one.turns) for one in sample]))
         new = [one.shared_prefix_tokens + sum(turn.new_tokens for turn in one.turns) for one in sample]
@@ -45,11 +56,18 @@ class Traffic:
 
     def sessions(self, first_s: float, last_s: float, tier: Tier = (0, 1)) -> list[Session]:
         """The sessions that start in that window, their clock from its beginning."""
-        keys, draw = self._keys(first_s, last_s, tier), self.workload.session.draw
-        return [draw(np.random.default_rng([self.seed, 1, k]), k, float(self.starts_s[k]) - first_s) for k in keys]
+        return [
+            replace(self._sample[self._like[key]], key=key, arrival_s=float(self.starts_s[key]) - first_s)
+            for key in self._keys(first_s, last_s, tier)
+        ]
 
-    def turns(self, first_s: float, last_s: float, tier: Tier = (0, 1)) -> Floats:
-        """Turns of each minute, those after the window included; their times in a session are drawn from a sample."""
-        at = [self.starts_s[key] + self._offsets[self._like[key]] for key in self._keys(first_s, last_s, tier)]
-        edges = np.arange(first_s, last_s + TAIL_S + TICK_S, TICK_S)
-        return np.histogram(np.concatenate(at).clip(max=edges[-1]) if at else [], edges)[0].astype(float)
+    def calls(self, first_s: float, last_s: float, tier: Tier = (0, 1), turn_s: float = 0.0) -> Calls:
+        """Turns by time: seconds from the window's start if each takes turn_s, session, and the turn of the sample."""
+        keys = self._keys(first_s, last_s, tier)
+        turns = self._turns[self._like[keys]]
+        who = np.repeat(np.arange(len(keys)), turns)
+        first = (np.cumsum(self._turns) - self._turns)[self._like[keys]] - (np.cumsum(turns) - turns)
+        like = first[who] + np.arange(len(who))
+        at_s = (self.starts_s[keys] - first_s)[who] + self._paused_s[like] + turn_s * np.array(self.sample.turn)[like]
+        order = np.argsort(at_s, kind="stable")
+        return at_s[order], who[order], like[order]
