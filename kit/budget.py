@@ -1,6 +1,8 @@
 """Where the seconds of a turn go, and which GPUs keep a turn's limits: those first, then the cheapest."""
 
+import datetime as dt
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from random import Random
@@ -25,6 +27,10 @@ from kit.workload import Session, Turn
 SPREAD = 0.2  # half width of token counts around a scenario's own, as a fraction
 JUDGED_TURNS = 400  # at least, over all streams
 MOST_STREAMS, MOST_GPUS = 512, 64  # of one replica; of one candidate
+ROOM = 2  # a replica is asked for at most so many times the sessions that it holds at their longest context
+# Stages up to the second token: column of `turns`, and which factor of the errors is its own.
+STAGES = {"API and tokeniser": ("api_s", 0), "queue": ("queue_s", 0), "prefill": ("prefill_s", 0),
+          "first decode step": ("tpot_s", 1)}  # fmt: skip
 Row = dict[str, Any]
 Slo = Mapping[str, Any]
 
@@ -78,9 +84,12 @@ def conversation(case: Scenario, rng: Random, begin: int = 0) -> Iterator[Turn]:
     """The turns of conversations one after the other; the first one is entered at turn `begin`."""
     added, output = case.tokens_added_per_turn, case.output_tokens_per_turn
     while True:
-        prompt = case.input_tokens_first_turn + begin * (added + output)
+        prompt, held = case.input_tokens_first_turn + begin * (added + output), 0
         for turn in range(begin, case.turns):
             new, out = (max(1, round(n * rng.uniform(1 - SPREAD, 1 + SPREAD))) for n in (prompt, output))
+            held += new + out
+            if held > case.context_tokens and turn > begin:
+                break
             yield Turn(new, out, compact_to=None if turn > begin else 0)
             prompt = added
         begin = 0
@@ -112,6 +121,8 @@ def judge(one: Machine, case: Scenario, count: int, slo: Slo) -> Row:
     """What `count` streams get of one replica, with 90 % intervals; a refused turn keeps no limit."""
     sim = one.play(streams(case, count))
     table = turns(one, sim)
+    if table.empty:
+        raise UserError(f"{one.gpu.key}: {'; '.join(sim.refusals) or 'no turn'}: nothing to judge")
     served = len(table) / max(1, len(table) + len(sim.refused))
     basis, e2el_s = one.basis, float(table["e2el_s"].mean())
     factors = basis.ttft_factor, basis.tpot_factor
@@ -128,25 +139,33 @@ def judge(one: Machine, case: Scenario, count: int, slo: Slo) -> Row:
 
 
 def candidate(case: Scenario, spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, slo: Slo) -> Row | None:
-    """The fewest GPUs of one kind that keep the limits for all sessions, else what keeps them best; None: no start.
+    """The fewest GPUs of one kind that keep the limits for all sessions, else what keeps them best.
 
-    Tried are replicas of one, two, four and eight GPUs; sessions are dealt evenly over the replicas.
+    Tried are replicas of one, two, four and eight GPUs that keep the limits for one session alone; where none does,
+    the fewest that hold the sessions. Sessions are dealt evenly. None where MOST_GPUS do not hold them.
     """
+    alone = {}
+    for size in COUNTS:
+        flags = replace(config, gpu_count=size)
+        held = hold(spec, gpu, flags, case.demand()).memory
+        if held.num_blocks() > 0:
+            with suppress(UserError):
+                one = machine(spec, gpu, flags)
+                alone[size] = one, held.concurrency(case.context_tokens), met(judge(one, case, 1, slo))
+    able = {size: one for size, one in alone.items() if one[2]} or alone
     best: Row | None = None
     for total in (2**power for power in range(MOST_GPUS.bit_length())):
-        for size in (size for size in COUNTS if size <= total):
+        for size, (one, sessions, keeps) in able.items():
             count = -(-case.sessions * size // total)
-            flags = replace(config, gpu_count=size)
-            if count > MOST_STREAMS or hold(spec, gpu, flags, case.demand()).memory.num_blocks() < 1:
+            if size > total or count > min(MOST_STREAMS, ROOM * sessions):
                 continue
-            try:
-                found = judge(machine(spec, gpu, flags), case, count, slo)
-            except UserError:
-                continue
+            found = judge(one, case, count, slo)
             found |= {"replicas": total // size, "gpus": total, "meets": met(found)}
             if best is None or found["slo_attainment_fraction"] > best["slo_attainment_fraction"]:
                 best = found
-        if best is not None and (best["meets"] or total >= 4 * best["gpus"]):
+            if not keeps:
+                return best
+        if best is not None and best["meets"]:
             break
     return best
 
@@ -160,7 +179,8 @@ def priced(row: Row, book: list[prices.GpuPrice]) -> Row:
     """The row with the cheapest on-demand price of its GPUs, its provider and date; None where none is known."""
     found = prices.find(row["gpu"], "on_demand", book)
     usd = found and found.usd_per_hour("on_demand")
-    told = {"provider": found and found.provider, "price_date": found and found.date, "source": found and found.source}
+    told = found.told(dt.date.today()) if found else dict.fromkeys(("provider", "date", "source", "is_stale"))
+    told = {"price": {name: told[name] for name in ("provider", "date", "source", "is_stale")}}
     per_million = usd and usd * row["gpus"] / (row["replicas"] * row["output_tokens_per_s"] * 3600 / 1e6)
     return {**row, "usd_per_hour": usd and usd * row["gpus"], "usd_per_million_output_tokens": per_million, **told}
 
@@ -190,3 +210,43 @@ def task(one: Machine, case: Scenario, *, keep_kv: bool = True) -> Row:
     ttft_s = float((table["first_s"] - table["arrival_s"]).sum())
     decode_s = float((table["end_s"] - table["first_s"]).sum())
     return {"calls": len(table), "ttft_s": ttft_s, "decode_s": decode_s, "share": ttft_s / (ttft_s + decode_s)}
+
+
+def waterfall(tables: Mapping[str, pd.DataFrame], factors: Sequence[float]) -> list[Row]:
+    """Stages of a mean turn up to its second token, one after the other, in ms; a group for each table of turns."""
+    rows = []
+    for group, table in tables.items():
+        at = 0.0
+        for label, (column, kind) in STAGES.items():
+            took = 1e3 * float(table[column].mean())
+            around = [at + took / factors[kind], at + took * factors[kind]]
+            rows.append({"label": label, "group": group, "start": at, "end": at + took, "interval": around,
+                         "text": f"{took:,.1f} ms", "took": took})  # fmt: skip
+            at += took
+    return rows
+
+
+def hardware(row: Row) -> str:
+    """Replicas and GPUs of a row as text."""
+    several = f"{row['replicas']} x " if row["replicas"] > 1 else ""
+    return f"{several}{row['gpu_count']}x {row['gpu']}"
+
+
+def sentence(row: Row) -> str:
+    """A candidate in a line."""
+    low, high = row["slo_attainment_interval"]
+    share = f"{row['slo_attainment_fraction']:.0%} of the turns in time ({low:.0%} to {high:.0%})"
+    usd = f"{row['usd_per_hour']:.2f} USD/h" if row["usd_per_hour"] else "no price known"
+    return f"{'keeps' if row['meets'] else 'misses'} the limits: {hardware(row)}, {share}, {usd}"
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """The shortlist as a table: modelled times in ms with their intervals, quoted prices with their dates."""
+    return [
+        {"GPUs": hardware(row), "in time": f"{row['slo_attainment_fraction']:.0%}"}
+        | {"90 %": "{:.0%} to {:.0%}".format(*row["slo_attainment_interval"])}
+        | {"TTFT p90 ms": row["ttft_s"]["p90"] * 1e3, "TPOT p90 ms": row["tpot_s"]["p90"] * 1e3}
+        | {"USD/h (quoted)": row["usd_per_hour"] and f"{row['usd_per_hour']:.2f}"}
+        | {"data": row["basis"], "provenance": "modelled"}
+        for row in rows
+    ]

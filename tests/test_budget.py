@@ -66,7 +66,30 @@ def test_a_candidate_has_as_many_gpus_as_the_limits_need() -> None:
     shown = budget.priced(loose, [prices.GpuPrice(gpu="h100-pcie-80gb", on_demand=2.0)])
     assert shown["usd_per_hour"] == 2.0 * loose["gpus"]
     assert shown["usd_per_million_output_tokens"] == pytest.approx(2.0 / (loose["output_tokens_per_s"] * 0.0036))
-    assert budget.candidate(CASE, SPEC, catalog.gpu("t4-16gb"), config, {"ttft_s": 1e-4})["meets"] is False
+
+
+def test_limits_that_one_session_alone_misses_are_not_chased() -> None:
+    found = budget.candidate(CASE, SPEC, catalog.gpu("h100-pcie-80gb"), CASE.config(SPEC), {"ttft_s": 1e-4})
+    assert found is not None
+    assert (found["meets"], found["gpus"]) == (False, 1)
+
+
+def test_many_sessions_are_dealt_over_replicas() -> None:
+    many = scenario.load("burst-10000")
+    spec = catalog.model(many.model)
+    found = budget.candidate(many, spec, catalog.gpu("b200-sxm-180gb"), many.config(spec), many.slo)
+    assert found is not None
+    assert found["meets"]
+    assert found["replicas"] * found["streams"] >= many.sessions
+
+
+def test_a_conversation_ends_before_its_longest_context() -> None:
+    case = scenario.load("complex-reasoning")
+    sizes = [turn for turn, _ in zip(budget.conversation(case, Random(1)), range(200), strict=False)]
+    held = 0
+    for turn in sizes:
+        held = (0 if turn.compact_to == 0 else held) + turn.new_tokens + turn.output_len
+        assert held <= case.context_tokens
 
 
 def test_a_lost_cache_moves_a_task_towards_first_tokens() -> None:
