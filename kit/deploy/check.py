@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from kit.errors import UserError
 
 PASSED, FAILED, OPEN = "passed", "failed", "not provable here"
 FACTS = load_yaml(DATA / "deploy_check.yaml")
-TOOLS = DATA.parent / ".deploy" / "tools" / "bin"  # make deploy-tools
+TOOLS = DATA.parent / ".deploy"  # NAME/bin: environments of make deploy-tools
+DSTACK = """import sys, yaml
+from dstack._internal.core.models.configurations import parse_apply_configuration as parse
+parse(yaml.safe_load(open(sys.argv[1])))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,13 @@ class Finding:
     reason: str
 
 
-def check(folder: Path) -> list[Finding]:
-    """Every finding about the bundle in a folder, in the order of data/deploy_check.yaml."""
+def check(folder: Path, parts: Collection[str] = ()) -> list[Finding]:
+    """Every finding about the bundle in a folder, or those of some `parts` (keys of CHECKS)."""
     try:
         bundle = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder}: no bundle there (no readable bundle.json); kit deploy --out writes one") from None
-    found = [one for name in CHECKS for one in CHECKS[name](folder, bundle)]
+    found = [one for name in CHECKS if name in (parts or CHECKS) for one in CHECKS[name](folder, bundle)]
     return found + [Finding(name, OPEN, why) for name, why in FACTS["not_provable"][bundle["target"]].items()]
 
 
@@ -47,7 +50,7 @@ def _judged(name: str, good: str, faults: list[str]) -> Iterator[Finding]:
 
 
 def _tool(program: str) -> str | None:
-    beside = (Path(sys.executable).parent / program, TOOLS / program)
+    beside = (Path(sys.executable).parent / program, TOOLS / "tools" / "bin" / program, TOOLS / program)
     return shutil.which(program) or next((str(path) for path in beside if path.exists()), None)
 
 
@@ -181,11 +184,13 @@ def _others(folder: Path, bundle: dict[str, Any]) -> Iterator[Finding]:
     for path in sorted(folder.rglob("Dockerfile*")):
         yield from _ran(f"hadolint {path.parent.name}/{path.name}", "hadolint", path)
     if bundle["target"] == "kubernetes":
-        objects = [path for path, one in _documents(folder) if isinstance(one, dict) and one.get("apiVersion")]
+        objects = [
+            path for path, one in _documents(folder) if isinstance(one, dict) and {"apiVersion", "kind"} <= one.keys()
+        ]
         for path in sorted({p for p in objects if "helm" not in p.parts and "monitoring" not in p.name}):
             yield from _ran(f"Kubernetes schema: {path.name}", "kubernetes-validate", path)
     for path in sorted(folder.rglob("*.dstack.yml")):
-        yield from _ran(f"dstack parses {path.name}", "dstack-parse", path)
+        yield from _ran(f"dstack parses {path.name}", "dstack/bin/python", "-c", DSTACK, path)
 
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], Iterator[Finding]]] = {
