@@ -1,13 +1,14 @@
 """The tuner against hidden machines in virtual time: goodput of what it recommends, against the best of a dense grid.
 
-    .venv/bin/python benchmarks/tuning.py [--seeds 20] [--settings kv,tpot] [--write]
+    .venv/bin/python benchmarks/tuning.py [--seeds 20] [--settings kv,tpot] [--emulator] [--write]
 
-Each case (setting, seed) is one line of runs/tuning.jsonl; a case that is there is not run again.
+Each case (setting, seed) is one line of runs/tuning.jsonl; a case that is there is not run again. With --emulator
+values are measured in real time, over HTTP by kit/loadgen, and put beside virtual time (runs/tuning-emulator.jsonl).
 """
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, median
@@ -29,11 +30,12 @@ from kit.tune.virtual import Window
 from kit.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
+REAL, REAL_S, REAL_TRUTH = ROOT / "runs" / "tuning-emulator.jsonl", 60.0, 3
 OUT, PAGE = ROOT / "runs" / "tuning.jsonl", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tuning: begin -->", "<!-- tuning: end -->"
-GRID = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+GRID = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 1024)
 JUDGED_BY = (11, 12)  # loads that no tuner has seen
-BASELINE_SEEDS = 5  # the two other ways are slow: so many machines of each setting
+BASELINE_SEEDS = 3  # the two other ways are slow: so many machines of each setting
 RANDOM_TRIALS = 20
 STORAGE = "nvme-local"  # where the weights lie
 AUTO_SEQS, AUTO_TOKENS = (128, 256), (512, 1024, 2048, 4096)  # the grid of vLLM's auto_tune.sh
@@ -207,10 +209,60 @@ def _fixed(
     return (1 if p99_s <= limit_s else -1) * len(turns) / span_s, span_s
 
 
+def in_real_time(name: str, truth: int) -> None:
+    """The tuned value and others around it on the emulator of that hidden machine, beside the same in virtual time."""
+    from tempfile import TemporaryDirectory
+
+    from kit import measure
+    from kit.tune.server import Server
+
+    duration_s, sessions, burst = SETTINGS[name].offer
+    share = REAL_S / duration_s
+    setting = replace(SETTINGS[name], offer=(REAL_S, round(sessions * share), round(burst * share)))
+    one = setting.machine(truth)
+    chosen = tune(one, Setup(*one.parts, one.config, prior(name)), one.goal, Store(None, {})).recommended[
+        "max_num_seqs"
+    ]
+    done = {(x["setting"], x["max_num_seqs"]) for x in read(REAL)}
+
+    def begin(flags: dict[str, Any], log: Path) -> Any:
+        return measure.emulate(setting.model, setting.gpu, replace(one.config, **flags), log, {"truth": truth})
+
+    for n in sorted({max(1, chosen // 4), chosen // 2, chosen, 4 * chosen}):
+        if (name, n) in done:
+            continue
+        with TemporaryDirectory(prefix="kit-") as folder, Server(begin, one.offer, one.goal, Path(folder)) as real:
+            seen = real.open_loop(real.boot({"max_num_seqs": n}, 1), JUDGED_BY[0])
+        virtual = one.open_loop(one.boot({"max_num_seqs": n}, 1), JUDGED_BY[0])
+        keys = ("n", "goodput_requests_per_s", "slo_attainment_fraction", "ttft_s", "tpot_s", "warnings")
+        told = {"real": {k: asdict(seen)[k] for k in keys}, "virtual": {k: asdict(virtual)[k] for k in keys}}
+        with REAL.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps({"setting": name, "truth": truth, "chosen": chosen, "max_num_seqs": n, **told}) + "\n"
+            )
+        print(name, n, *(f"{way} {x['goodput_requests_per_s']:.3f}" for way, x in told.items()), flush=True)
+
+
+def real_table(rows: list[dict[str, Any]]) -> str:
+    """The table of what was measured in real time."""
+    lines = [
+        f"In real time, {REAL_S:g} s of the same loads over HTTP; the emulator's client and server share the machine:",
+        "",
+        "| what limits | max_num_seqs | good turns/s in virtual time | in real time | tuned |",
+        "|---|---|---|---|---|",
+    ]
+    for one in rows:
+        values = [f"{one[way]['goodput_requests_per_s']:.2f}" for way in ("virtual", "real")]
+        tuned = "yes" if one["max_num_seqs"] == one["chosen"] else ""
+        cells = [SETTINGS[one["setting"]].what, str(one["max_num_seqs"]), *values, tuned]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) if rows else ""
+
+
 def run(names: list[str], seeds: int) -> None:
     """Every case that is not kept yet; seed by seed, so that all settings are there early."""
     OUT.parent.mkdir(exist_ok=True)
-    done = {(one["setting"], one["truth"]) for one in read()}
+    done = {(one["setting"], one["truth"]) for one in read(OUT)}
     for truth in range(1, seeds + 1):
         for name in names:
             if (name, truth) not in done:
@@ -220,9 +272,9 @@ def run(names: list[str], seeds: int) -> None:
                 print(name, truth, f"{record['reached']:.3f} of the best with {record['chosen']}", flush=True)
 
 
-def read() -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """Cases kept."""
-    return [json.loads(line) for line in OUT.read_text(encoding="utf-8").splitlines()] if OUT.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -262,9 +314,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--emulator", action="store_true")
     given = parser.parse_args()
-    run(given.settings.split(","), given.seeds)
-    text = table(read())
+    if given.emulator:
+        for name in given.settings.split(","):
+            in_real_time(name, REAL_TRUTH)
+    else:
+        run(given.settings.split(","), given.seeds)
+    text = table(read(OUT)) + "\n\n" + real_table(read(REAL))
     print(text)
     if given.write:
         before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)

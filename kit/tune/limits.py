@@ -20,7 +20,7 @@ class Limit:
 
     name: str
     at: int | None
-    interval: tuple[int, int] | None = None  # 90 %, from the turns that were counted
+    interval: tuple[int, int] | None = None  # 90 % by the turns counted, and at least between two levels measured
 
 
 def limits(levels: Sequence[Level], goal: Goal, boot: Boot, pool_tokens: Callable[[int], int | None]) -> list[Limit]:
@@ -34,8 +34,10 @@ def limits(levels: Sequence[Level], goal: Goal, boot: Boot, pool_tokens: Callabl
         draws = [
             crossing(n, rng.binomial(counts, met) / counts, counts, goal.attainment_fraction) for _ in range(DRAWS)
         ]
-        low, high = (int(x) for x in np.quantile([x or boot.max_num_seqs for x in draws], (0.05, 0.95)))
-        found.append(Limit(name, at, (low, high) if at else None))
+        low, high = np.quantile([x or boot.max_num_seqs for x in draws], (0.05, 0.95))
+        kept, lost = n[met >= goal.attainment_fraction], n[met < goal.attainment_fraction]  # not told apart in between
+        span = int(min(low, kept.max(initial=1))), int(max(high, lost.min(initial=boot.max_num_seqs)))
+        found.append(Limit(name, at, span if at else None))
     return [*found, Limit("kv_cache", _kv_cache(levels, boot, pool_tokens)), Limit("knee", _knee(levels))]
 
 

@@ -74,14 +74,18 @@ class Tuner:
         """Levels and starts until the answer stands, or says why it does not."""
         self.expected = self.setup.expected or UNKNOWN
         first = self.start(min(self.setup.most(), max(LEAST_FIRST, GENEROUS * self.expected)))
-        alone = self.closed(first, 1)
+        alone = self.level(first, "closed", 1)
         if alone.slo_attainment_fraction < HOPELESS:
             return self.infeasible(alone)
         found = limits(self.bracket(first), self.goal, first, self.pool_tokens(first))
-        begin = max(1, min(first.max_num_seqs, *(limit.at for limit in found if limit.at)))
-        caps = self.search(first, begin)
+        begin = max(1, min([first.max_num_seqs, *(limit.at for limit in found if limit.at)]))
+        caps, left = self.search(first, begin), self.max_boots - 1
+        if nearest(caps, begin) == first.max_num_seqs < self.setup.most() and left > 1:  # more may be better still
+            first, left = self.start(min(self.setup.most(), GENEROUS * first.max_num_seqs)), left - 1
+            caps |= self.search(first, max(caps))
         best = choose(caps, begin)
-        tried = {cap: self.confirm(cap) for cap in self.worth_a_start(caps, best)}
+        caps[best] = self.level(first, "open", best)
+        tried = {cap: self.confirm(cap) for cap in self.worth_a_start(caps, best, left)}
         return self.result(found, caps, best, tried)
 
     def start(self, max_num_seqs: int) -> Boot:
@@ -106,8 +110,7 @@ class Tuner:
         if (kept := self.store.find(boot.index, kind, concurrency, seed)) is not None:
             return kept
         boot = self.up(boot)
-        if kind == "closed":
-            assert concurrency
+        if kind == "closed" and concurrency:
             one = self.machine.closed_loop(boot, concurrency, seed, min(max(10, 6 * concurrency), 300))
         else:
             one = self.machine.open_loop(boot, seed, concurrency)
@@ -115,32 +118,28 @@ class Tuner:
         self.progress(one)
         return one
 
-    def closed(self, boot: Boot, concurrency: int) -> Level:
-        """The closed loop of so many turns."""
-        return self.level(boot, "closed", concurrency)
-
     def bracket(self, boot: Boot) -> list[Level]:
         """Closed loops around the point where the goal is lost, or the throughput stops to grow."""
-        now = self.closed(boot, min(self.expected, boot.max_num_seqs))
-        seen, rising = {1: self.closed(boot, 1), now.limit: now}, self.carries(now)
-        while now.limit < boot.max_num_seqs if rising else now.limit > 1:
-            before, wanted = now, now.limit * 2 if rising else now.limit // 2
-            now = self.closed(boot, min(boot.max_num_seqs, wanted))
-            seen[now.limit] = now
-            gained = not rising or now.requests_per_s > GAIN * before.requests_per_s
-            if self.carries(now) != rising or not gained:
+        seen: dict[int, Level] = {}
+
+        def carries(turns: int) -> bool:
+            seen[turns] = self.level(boot, "closed", turns)
+            return seen[turns].slo_attainment_fraction >= self.goal.attainment_fraction
+
+        most, now = boot.max_num_seqs, min(self.expected, boot.max_num_seqs)
+        carries(1)
+        rising = carries(now)
+        while now < most if rising else now > 1:
+            before, now = now, min(most, 2 * now) if rising else now // 2
+            if carries(now) != rising or (rising and seen[now].requests_per_s < GAIN * seen[before].requests_per_s):
                 break
         while True:
-            good = max((n for n, one in seen.items() if self.carries(one)), default=1)
+            good = max((n for n in seen if carries(n)), default=1)
             bad = min((n for n in seen if n > good), default=good)
             middle = round(sqrt(good * bad))
             if bad <= FINEST**2 * good or middle in seen:
                 return [seen[n] for n in sorted(seen)]
-            seen[middle] = self.closed(boot, middle)
-
-    def carries(self, one: Level) -> bool:
-        """Whether the goal is met."""
-        return one.slo_attainment_fraction >= self.goal.attainment_fraction
+            carries(middle)
 
     def search(self, boot: Boot, begin: int) -> dict[int, Level]:
         """Open loops by most turns let in: beside `begin`, and then in the gaps around the best; all on one start.
@@ -162,18 +161,19 @@ class Tuner:
             pass
         return caps
 
-    def worth_a_start(self, caps: dict[int, Level], best: int) -> list[int]:
-        """The best value, and beside it the better neighbour that is not plainly worse.
+    def worth_a_start(self, caps: dict[int, Level], best: int, left: int) -> list[int]:
+        """The best value, and beside it the neighbour that is a little worse: its own start, or another load, may tell.
 
-        Also the first start's own limit, which needs no start: where it is a second best, the load was the judge.
+        Also the first start's own limit, which needs no start.
         """
-        if self.max_boots < 2 or flat(caps):
-            return [best][: self.max_boots - 1]
-        values = sorted(n for n in caps if caps[n].goodput_requests_per_s > NEAR * caps[best].goodput_requests_per_s)
-        at, own = values.index(best), max(caps)
-        beside = [n for n in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]) if n != own]
+        if not left or flat(caps):
+            return [best][:left]
+        near, same = NEAR * caps[best].goodput_requests_per_s, alike(caps)
+        values, own = [n for n in sorted(caps) if caps[n].goodput_requests_per_s > near], max(caps)
+        at = values.index(best)
+        beside = [n for n in (*values[max(0, at - 1) : at], *values[at + 1 : at + 2]) if n not in (own, *same)]
         beside.sort(key=lambda n: -caps[n].goodput_requests_per_s)
-        return [n for n in values if n == own] + [n for n in (best, *beside) if n != own][: self.max_boots - 1]
+        return [n for n in values if n == own] + [n for n in (best, *beside) if n != own][:left]
 
     def confirm(self, max_num_seqs: int) -> list[Level]:
         """Open loops without a cap on a start with that limit: the load of the search, and one never seen."""
@@ -187,18 +187,15 @@ class Tuner:
 
     def infeasible(self, alone: Level) -> Result:
         """No value helps where one turn alone is too slow."""
-        told = [
-            f"{name.upper()} limit {limit:g} s: one turn alone takes {seen['p50']:.3g} s at the median"
-            for name, limit, seen in self.limited(alone)
-            if seen["p50"] is not None and seen["p50"] > limit
-        ]
+        seen = (
+            ("TTFT", self.goal.slo_ttft_s, alone.ttft_s["p50"]),
+            ("TPOT", self.goal.slo_tpot_s, alone.tpot_s["p50"]),
+        )
+        text = "{} limit {:g} s: one turn alone takes {:.3g} s at the median"
+        told = [text.format(name, limit, took) for name, limit, took in seen if took and took > limit]
         met = alone.slo_attainment_fraction
         told.append(f"{met:.0%} of the turns meet the limits when each has the engine for itself")
         return Result("infeasible", slo_attainment_fraction=met, notes=tuple(told), **self.counted())
-
-    def limited(self, one: Level) -> list[tuple[str, float, dict[str, float | None]]]:
-        """Each limit with what the level saw of it."""
-        return [("ttft", self.goal.slo_ttft_s, one.ttft_s), ("tpot", self.goal.slo_tpot_s, one.tpot_s)]
 
     def counted(self) -> dict[str, Any]:
         """What every result says of its making."""
@@ -210,25 +207,25 @@ class Tuner:
         for other in tried:
             if rate(tried[other]) > (1 + FLAT) * rate(tried[best]):
                 best = other
-        told = tried.get(best, [caps[best]])
+        told, before, setup = tried.get(best, [caps[best]]), caps[best].goodput_requests_per_s, self.setup
         met = sum(one.slo_attainment_fraction * one.n for one in told) / sum(one.n for one in told)
+        seen, wanted = told[0].goodput_requests_per_s, self.goal.attainment_fraction
+        confirmed, notes = best in tried and seen >= AGAIN * before, []
+        if best not in tried:
+            notes.append(f"max_num_seqs {best} was not confirmed by a start of its own")
+        elif not confirmed:
+            notes.append(f"max_num_seqs {best} gave {seen:.3g} good turns/s on its own start, {before:.3g} before")
+        if met < wanted:
+            notes.append(f"{met:.0%} of the turns meet the limits, not {wanted:.0%}: no max_num_seqs carries this load")
         values, arguments, reasons = companions(
-            self.setup.model, self.setup.gpu, self.setup.config, self.goal, best, self.store.levels
+            setup.model, setup.gpu, setup.config, self.goal, best, self.store.levels
         )
         limited_by = decides(caps, best)
-        notes = [] if best in tried else [f"max_num_seqs {best} was not confirmed by a start of its own"]
-        if confirmed := best in tried:
-            seen, before = told[0].goodput_requests_per_s, caps[best].goodput_requests_per_s
-            confirmed = seen >= AGAIN * before
-            notes += [] if confirmed else [f"max_num_seqs {best} gave {seen:.3g} good turns/s, and {before:.3g} before"]
-        if met < self.goal.attainment_fraction:
-            wanted = f"{self.goal.attainment_fraction:.0%}"
-            notes.append(f"{met:.0%} of the turns meet the limits, not {wanted}: no max_num_seqs carries this load")
-        reasons["max_num_seqs"] = REASONS[limited_by]
         return Result(
-            "resolved" if confirmed else "unresolved", values, arguments, reasons, rate(told), met, limited_by,
-            {one.name: one.at for one in found}, {one.name: one.interval for one in found},
-            confirmed, tuple(notes), **self.counted(),
+            "resolved" if confirmed else "unresolved", values, arguments,
+            {"max_num_seqs": REASONS[limited_by]} | reasons, rate(told), met, limited_by,
+            {one.name: one.at for one in found},
+            {one.name: one.interval for one in found}, confirmed, tuple(notes), **self.counted(),
         )  # fmt: skip
 
 
@@ -260,7 +257,9 @@ def choose(caps: Mapping[int, Level], begin: int) -> int:
     On that side goodput falls steeply, and another hour's load needs a few more.
     """
     best, (lowest, *above) = nearest(caps, begin), alike(caps)
-    return above[0] if best == lowest and not flat(caps) and above and above[0] <= 2 * best else best
+    if best > lowest or not above or flat(caps):
+        return best
+    return min(above[0], round(sqrt(2) * best))
 
 
 def gaps(caps: Mapping[int, Level], begin: int) -> list[tuple[int, float]]:
@@ -281,8 +280,6 @@ def decides(caps: Mapping[int, Level], best: int) -> str:
         return "kv_cache" if (now.kv_cache_usage_max or 0.0) > KV_FULL else "ttft"
     if (worse[0].preemptions or 0) - (now.preemptions or 0) > PREEMPTED * worse[0].n:
         return "kv_cache"
-    tpot, ttft = (
-        getattr(now, name) - getattr(worse[0], name)
-        for name in ("tpot_attainment_fraction", "ttft_attainment_fraction")
-    )
-    return "tpot" if tpot >= ttft else "ttft"
+    lost_tpot = now.tpot_attainment_fraction - worse[0].tpot_attainment_fraction
+    lost_ttft = now.ttft_attainment_fraction - worse[0].ttft_attainment_fraction
+    return "tpot" if lost_tpot >= lost_ttft else "ttft"

@@ -153,7 +153,8 @@ def curve(goodputs: dict[int, float], **given) -> dict[int, Level]:
 def test_of_values_alike_the_one_by_the_limit_and_never_the_lowest_step() -> None:
     edge = curve({8: 2.0, 16: 5.0, 24: 5.01, 64: 5.0, 256: 4.99})
     assert alike(edge) == [16, 24, 64, 256]
-    assert choose(edge, begin=10) == 24  # right below 16 goodput falls
+    assert choose(edge, begin=10) == 23  # right below 16 goodput falls
+    assert choose(curve({8: 2.0, 16: 5.0, 20: 5.0}), begin=10) == 20
     assert choose(edge, begin=70) == 64
     peak = curve({16: 4.0, 32: 5.0, 64: 4.0})
     assert choose(peak, begin=16) == 32
