@@ -66,6 +66,7 @@ class Level:
     preemptions: int | None
     prefix_hit_fraction: float | None
     warnings: tuple[str, ...] = ()
+    kv_tokens_per_turn: float | None = None  # held by a running turn, shared ones dealt out
 
     @property
     def limit(self) -> int:
@@ -110,8 +111,9 @@ def judge(
         for limits in ((goal.slo_ttft_s, None), (None, goal.slo_tpot_s), (goal.slo_ttft_s, goal.slo_tpot_s))
     )
     ok, misses = requests.ok, int((~requests.ok).sum())
-    sent_s = float(np.ptp(requests.sent_s if closed else requests.scheduled_s))
-    span = sent_s * n / max(1, n - 1) if closed else float(np.nanmax(requests.end_s) - requests.scheduled_s.min())
+    at_s = requests.sent_s if closed else requests.scheduled_s
+    sent_s, whole_s = float(np.nanmax(at_s) - np.nanmin(at_s)), float(np.nanmax(requests.end_s) - np.nanmin(at_s))
+    span = sent_s * n / (n - 1) if closed and n > 1 else whole_s
     tokens = float(np.nansum(requests.output_tokens[ok]))
     seen = {name: metrics.summarize(v[ok], misses) for name, v in (("ttft_s", ttft_s), ("tpot_s", requests.tpot_s()))}
     values: dict[str, Any] = {
@@ -122,9 +124,11 @@ def judge(
         "ttft_attainment_fraction": float(in_ttft.mean()), "tpot_attainment_fraction": float(in_tpot.mean()),
         "input_tokens_mean": float(np.mean(input_len)), "output_tokens_mean": tokens / max(1, int(ok.sum())),
         **{name: {part: one[part] for part in QUANTILES} for name, one in seen.items()},
-        **{name: server.get(name) for name in SERVER},
+        **{name: server.get(name) for name in SERVER}, "warnings": warnings,
     }  # fmt: skip
-    return Level(boot.index, boot.max_num_seqs, kind, concurrency, seed, n, span, **values, warnings=warnings)
+    running, used, pool = (server.get("running_mean"), server.get("kv_cache_usage_mean"), boot.kv_cache_tokens)
+    values["kv_tokens_per_turn"] = used * pool / running if running and pool and used is not None else None
+    return Level(boot.index, boot.max_num_seqs, kind, concurrency, seed, n, span, **values)
 
 
 def _steady(requests: Requests, input_len: metrics.Floats, concurrency: int) -> tuple[Requests, metrics.Floats]:
