@@ -160,6 +160,27 @@ def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | Non
     return ax
 
 
+def agents_timeline(calls: Any, under: str, *, ax: Axes | None = None) -> Axes:
+    """A row per session from its agent's start: calls as bars, what it waits for between them."""
+    ax = ax or plt.gca()
+    starts = calls.groupby("agent")["start_s"].transform("min")
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(calls["framework"]))}
+    names = list(dict.fromkeys(calls.sort_values(["agent", "start_s"])["session"]))
+    for call, begin in zip(calls.itertuples(), calls["start_s"] - starts, strict=True):
+        width = max(call.end_s - call.start_s, 0.004)
+        ax.barh(names.index(call.session), width, left=begin, color=colours[call.framework], height=0.7)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="Time since the agent's first call (s)")
+    busy, span = (
+        (calls["end_s"] - calls["start_s"]).sum(),
+        (calls["end_s"] - starts).groupby(calls["agent"]).max().sum(),
+    )
+    finding = f"{len(calls)} calls of {len(names)} sessions; {busy / span:.2g} calls in flight per agent"
+    _headline(ax, finding, under)
+    return ax
+
+
 def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str, *, ax: Axes | None = None) -> Axes:
     """Hit fraction by idle over active KV, a point for each time that KV is kept; quoted ones without a line."""
     ax = ax or plt.gca()
@@ -218,7 +239,11 @@ def throughput_over_ttft(
 
 
 def goodput_by_limit(
-    levels: Sequence[Mapping[str, Any]], limits: Mapping[str, int | None], chosen: int, slo_ttft_s: float, under: str
+    levels: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, int | None],
+    chosen: int | None,
+    slo_ttft_s: float,
+    under: str,
 ) -> tuple[Axes, Axes]:
     """Goodput above, p95 TTFT below, over the turns that may run; limits and the choice as upright lines."""
     top, bottom = plt.gcf().subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
@@ -231,19 +256,20 @@ def goodput_by_limit(
         known = {n: one["ttft_s"]["p95"] for n, one in rows.items() if one["ttft_s"]["p95"] is not None}
         bottom.plot([*known], [*known.values()], style)
     bottom.axhline(slo_ttft_s, color="#1f2429", linewidth=0.9, linestyle=":")
+    bottom.text(1, slo_ttft_s, f"limit {slo_ttft_s:g} s", va="bottom", fontsize=9)
     for height, (name, at) in enumerate((name, at) for name, at in limits.items() if at):
         for ax in (top, bottom):
             ax.axvline(at, color="#667079", linewidth=0.9, linestyle=":")
         spot = {"xytext": (3, -12 - 12 * height), "textcoords": "offset points", "fontsize": 8, "bbox": _BOX}
         top.annotate(f"{name} {at}", (at, 1), xycoords=top.get_xaxis_transform(), **spot)
     for ax in (top, bottom):
-        ax.axvline(chosen, color="C3", linewidth=1.6)
+        ax.axvline(chosen or 1, color="#b4231f", linewidth=1.6)
     top.set(ylabel="Turns in time per second", ylim=(0, None))
     bottom.set(yscale="log", ylabel="TTFT p95 (s)", xlabel="Turns at once: --max-num-seqs")
     most = max(one["max_num_seqs"] for one in levels)
     _log2(bottom, [2**power for power in range(int(np.log2(most)) + 1)])
-    top.legend(loc="lower right")
-    _headline(top, f"{chosen} at once serve most turns in time", under)
+    top.legend(loc="center left")
+    _headline(top, f"{chosen} at once serve most turns in time" if chosen else "No value serves turns in time", under)
     return top, bottom
 
 

@@ -21,7 +21,7 @@ from kit.loadgen import Target
 from kit.scenario import parallel
 from kit.tune.levels import Boot, Goal, Level, Result, Store
 from kit.tune.load import Offer
-from kit.tune.search import Setup, tune
+from kit.tune.search import Setup, Tuner, tune
 from kit.tune.server import ByHand, NotRestarted, Server
 from kit.tune.virtual import VirtualMachine, expected
 from kit.workload import Workload, load
@@ -115,11 +115,13 @@ class How:
     max_boots: int = 3
     api_key_env: str | None = None
     start_deadline_s: float = START_DEADLINE_S
+    own: bool = True  # False: a command has the user's flags already
 
 
 def machine(question: Question, offer: Offer, folder: Path, how: How) -> AbstractContextManager[Any]:
     """The machine of that way; leaving its `with` block stops what it started."""
-    goal, config, own, setup = question.goal(), question.config, own_flags(question), question.setup()
+    goal, config, setup = question.goal(), question.config, question.setup()
+    own = own_flags(question) if how.own else {}
 
     def emulator(flags: dict[str, Any], log: Path) -> Engine:
         more = {} if question.truth is None else {"truth": question.truth}
@@ -186,3 +188,16 @@ def answer(
                 raise
             sys.stderr.write(f"kit: {error}; what was measured so far is the answer\n")
             return tune(one, setup, goal, store, len(store.boots), tell)
+
+
+def neighbours(
+    question: Question, folder: Path, how: How, values: Sequence[int], times: float = 1.0
+) -> dict[int, list[Level]]:
+    """Open loops on a start with each of these max_num_seqs, at `times` the tuning's load; kept as `answer` does."""
+    place = folder / f"neighbours-{times:g}"
+    asked = json.loads((folder / "tuning.jsonl").open(encoding="utf-8").readline())["asked"]
+    store, offer = Store(place / "tuning.jsonl", asked), question.offer(Store(folder / "tuning.jsonl", asked).levels)
+    more = replace(offer, sessions=offer.sessions and round(times * offer.sessions))
+    with machine(question, more, place, how) as one:
+        tuner = Tuner(one, question.setup(), question.goal(), store, how.max_boots, lambda seen: None)
+        return {value: tuner.confirm(value) for value in values}
