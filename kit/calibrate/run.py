@@ -10,10 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kit.calibrate.file import Calibration
-from kit.calibrate.fit import OWN, Fit, factor_90, play, table
+from kit.calibrate.fit import OWN, Fit, play
 from kit.calibrate.probes import Measured, plan
 from kit.calibrate.server import Server
 from kit.catalog import GpuSpec, ModelSpec
@@ -35,33 +33,32 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Probe the server for about `budget_s` of its time and fit; `out` and the probes beside it are written.
 
-    Raises UserError where `out` lies in no folder, or the server goes away.
+    Raises UserError where `out` cannot be written, or the server is of another engine or goes away.
     """
     check_out(out, budget_s)
     if server.engine not in (None, config.engine):
         raise UserError(f"the server's metrics are those of {server.engine}, not of --engine {config.engine}")
     limits, _, _ = replica(model, gpu, config)
-    told, known = server.kv_cache_tokens, limits.kv_blocks * limits.block_size
-    longest = min(limits.max_model_len, server.max_model_len or limits.max_model_len)
-    limits = replace(limits, kv_blocks=int((told or known) // limits.block_size), max_model_len=longest)
-    asked = {"model": model.key, "gpu": gpu.key, "config": asdict(config), "budget_s": budget_s}
+    known = limits.kv_blocks * limits.block_size
+    tokens, longest = server.kv_cache_tokens or known, server.max_model_len or limits.max_model_len
+    limits = replace(
+        limits, kv_blocks=int(tokens // limits.block_size), max_model_len=min(longest, limits.max_model_len)
+    )
     resolved = resolve(config, model, gpu)
+    of: dict[str, Any] = {"model": model.key, "gpu": gpu.key, "config": asdict(config)}
     prior = fitted(model, gpu, resolved).coefficients
     steps = StepTime(work(model, gpu, resolved), OWN | dict(prior))
-    probes = _probe(server, limits, steps, budget_s, _Kept(out, asked, log), log)
+    probes = _probe(server, limits, steps, budget_s, _Kept(out, {**of, "budget_s": budget_s}, log), log)
     fit = Fit(steps.work, prior, limits, probes)
-    before, roots = fit.simulated(np.ones_like(fit.spread))[0], fit.solve()
-    errors, quantity = fit.left_out(roots), np.array([row.quantity for row in fit.rows])
-    on = "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
+    roots = fit.solve()
+    factors, on = fit.factors_90(roots), "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
     found = Calibration(
-        model=model.key, gpu=gpu.key, config=asdict(config), date=datetime.now(UTC).date().isoformat(), measured_on=on,
-        coefficients=fit.coefficients(roots), kv_cache_factor=(told or known) / known, kv_cache_tokens=told,
-        ttft_factor_90=factor_90(errors[quantity == "ttft_s"]), tpot_factor_90=factor_90(errors[quantity == "tpot_s"]),
-        probes=table(fit, before, fit.simulated(roots)[0]), probe_s=sum(one.duration_s for one in probes),
+        **of, date=datetime.now(UTC).date().isoformat(), measured_on=on, coefficients=fit.coefficients(roots),
+        kv_cache_factor=tokens / known, kv_cache_tokens=server.kv_cache_tokens, ttft_factor_90=factors["ttft_s"],
+        tpot_factor_90=factors["tpot_s"], probes=fit.table(roots), probe_s=sum(one.duration_s for one in probes),
     )  # fmt: skip
     if out is not None:
         found.save(out)
-    log(f"{found.told()['provenance']}\n")
     return found
 
 
@@ -74,20 +71,22 @@ def check_out(out: Path | None, budget_s: float) -> None:
 
 
 class _Kept:
-    """The probes beside the calibration's file, one JSON line each; those of an interrupted start are taken over."""
+    """The probes beside the calibration's file, a JSON line each; those of an interrupted start are taken over."""
 
     def __init__(self, out: Path | None, asked: dict[str, Any], log: Log) -> None:
-        self.path, self.done = out and out.with_name(f"{out.name}.probes.jsonl"), dict[str, Measured]()
+        self.path, self.done, held = out and out.with_name(f"{out.name}.probes.jsonl"), dict[str, Measured](), []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else ():
+            with suppress(ValueError):  # the last one may have been cut off
+                held.append(json.loads(line))
         if out is None or self.path is None:
             return
-        held = _lines(self.path)
         if held[:1] == [asked] and not out.exists():
             self.done = {one["name"]: Measured(**one) for one in held[1:]}
             log(f"{len(self.done)} probes were measured before: {self.path}\n")
         elif held:
             self.path.rename(out.with_name(f"{out.name}.probes.until-{time.time_ns()}.jsonl"))
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(one) + "\n" for one in (asked, *map(asdict, self.done.values())))
+        kept = [asked, *map(asdict, self.done.values())]
+        self.path.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
 
     def add(self, probe: Measured) -> None:
         """Keep one more."""
@@ -95,15 +94,6 @@ class _Kept:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(probe)) + "\n")
-
-
-def _lines(path: Path) -> list[Any]:
-    """The whole JSON lines of a file; a last one that a kill cut off is left out."""
-    held = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            held.append(json.loads(line))
-    return held
 
 
 def _probe(
@@ -124,9 +114,10 @@ def _probe(
             log(f"probe {level.name}: {len(level.sessions)} sessions\n")
             kept.add(server.measure(level))
         one = kept.done[level.name]
-        (ttft_s, _), (tpot_s, _) = play(one, one.chains(), limits, steps)
-        ratios = [np.nanmedian(one.ttft_s / ttft_s), np.nanmedian(one.tpot_s / tpot_s)]
-        slower = max(slower, *(float(ratio) for ratio in ratios if np.isfinite(ratio)))
-        rate = one.column("output_tokens").sum() / one.duration_s
+        if one.told["verdict"] != "VALID" or one.told.get("failures"):
+            log(f"probe {one.name}: {'; '.join(one.told['verdict_reasons'])} failed: {one.told['failures']}\n")
+        for quantity, (seen, _) in play(one, one.chains(), limits, steps).items():
+            slower = max(slower, float((one.frame[quantity] / seen).fillna(1.0).median()))
+        rate = sum(one.rows["output_tokens"]) / one.duration_s
         best = best if not rung else rate if rate > SATURATED * best else -1.0
     return list(kept.done.values())

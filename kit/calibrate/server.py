@@ -7,9 +7,10 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,43 +20,45 @@ from kit.catalog.models import normalize
 from kit.errors import UserError
 from kit.loadgen import Level, Options, Target, measure
 from kit.scheduler import SchedulerConfig, StepTime
-from kit.simulator import Simulation, SimulationConfig
+from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig
 from kit.simulator.answers import columns
+from kit.simulator.loop import SessionState
 from kit.telemetry import read_page
 from kit.workload import Session
 
 ASK_TIMEOUT_S = 10.0
-RECORDED = dict(zip(COLUMNS, ("session", "turn", "input_len", "sent_s", "first_token_s", "last_token_s",
-                              "prompt_tokens", "output_tokens"), strict=True))  # fmt: skip
+RECORDED = ("session", "turn", "input_len", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens")
 
 
-class Server(Protocol):
-    """What calibrate asks of one."""
+class Server:
+    """What calibrate asks of one; None where it does not tell."""
 
-    kind: str  # live, emulator or virtual
-    engine: str | None  # that its metrics page speaks for
-    max_model_len: int | None
-    kv_cache_tokens: float | None  # None: it does not tell
+    kind = "virtual"  # or live, or emulator
+    engine: str | None = None
+    max_model_len: int | None = None
+    kv_cache_tokens: float | None = None
 
     def measure(self, level: Level) -> Measured:
-        """The probe's requests as they went."""
-        ...
+        """The probe as it went."""
+        raise NotImplementedError
 
 
-class LiveServer:
-    """A server over HTTP; refuses one that cannot be reached or serves another model than `model` (served so named)."""
+class LiveServer(Server):
+    """A server over HTTP; raises UserError where it cannot be reached or serves another model."""
 
     def __init__(self, target: Target, model: ModelSpec, log: Callable[[str], object] = sys.stderr.write) -> None:
         cards = json.loads(_get(target, "/v1/models")).get("data", [])
-        card = next((one for one in cards if _same(one["id"], target.model, model)), None)
+        names = normalize(target.model), normalize(model.key)
+        alike = [one for one in cards if normalize(one["id"]) in names]
+        card = next((one for one in cards if one["id"] == target.model), alike[0] if alike else None)
         if card is None:
-            names = ", ".join(repr(one["id"]) for one in cards)
-            raise UserError(f"{target.base_url} serves {names or 'no model'}, not {target.model!r}")
-        self.target, self.log = replace(target, model=card["id"]), log
+            served = ", ".join(repr(one["id"]) for one in cards) or "no model"
+            raise UserError(f"{target.base_url} serves {served}, not {target.model!r}")
+        self.target, self.log, self.max_model_len = replace(target, model=card["id"]), log, card.get("max_model_len")
         self.kind = "emulator" if card.get("emulated") else "live"
-        self.max_model_len: int | None = card.get("max_model_len")
-        page = _page(target)
-        self.engine, self.kv_cache_tokens = page and page.engine, page and page.kv_cache_tokens
+        with suppress(UserError):
+            if page := read_page(_get(target, "/metrics")):
+                self.engine, self.kv_cache_tokens = page.engine, page.kv_cache_tokens
 
     def measure(self, level: Level) -> Measured:
         """One probe through the load generator of `kit load`; raises UserError where nothing came back."""
@@ -64,81 +67,59 @@ class LiveServer:
             lines = (Path(folder) / "run" / "requests.jsonl").read_text(encoding="utf-8").splitlines()
         done = [row for row in map(json.loads, lines) if row["ok"]]
         if not done:
-            raise UserError(
-                f"{self.target.base_url}: no request of probe {level.name} came back: {summary['failures']}"
-            )
-        rows = {name: [row[theirs] for row in done] for name, theirs in RECORDED.items()}
-        asked = zip(rows["prompt_tokens"], rows["asked_len"], strict=True)
-        rows["prompt_tokens"] = [told or length for told, length in asked]
-        rows["session"] = [float(key) for key in rows["session"]]
+            raise UserError(f"{self.target.base_url}: nothing of probe {level.name} came back: {summary['failures']}")
+        rows = {name: [row[theirs] for row in done] for name, theirs in zip(COLUMNS, RECORDED, strict=True)}
+        rows["session"] = list(map(float, rows["session"]))
+        rows["prompt_tokens"] = [row["prompt_tokens"] or row["input_len"] for row in done]
         told = {name: summary[name] for name in ("verdict", "verdict_reasons", "failures")}
-        hits = {"prefix_hit_fraction": summary["server"]["prefix_hit_fraction"]}
-        return Measured(level.name, level.slots, rows, summary["duration_s"], told | hits)
+        told["prefix_hit_fraction"] = summary["server"]["prefix_hit_fraction"]
+        return Measured(level.name, level.slots, rows, summary["duration_s"], told)
 
 
-class VirtualServer:
+class VirtualServer(Server):
     """A machine in virtual time: scheduler limits and step times, such as `kit.emulator.hide` draws."""
-
-    kind, engine = "virtual", None
 
     def __init__(self, limits: SchedulerConfig, step_time: StepTime, turnaround_s: float = 0.0005) -> None:
         self.limits, self.step_time, self.turnaround_s = limits, step_time, turnaround_s
-        self.max_model_len: int | None = limits.max_model_len
-        self.kv_cache_tokens: float | None = limits.kv_blocks * limits.block_size
+        self.max_model_len, self.kv_cache_tokens = limits.max_model_len, limits.kv_blocks * limits.block_size
 
     def measure(self, level: Level) -> Measured:
         """The probe as a client would see it."""
         config = SimulationConfig(self.limits, request_s=getattr(self.step_time, "request_s", None))
-        sim = Simulation(config, self.step_time).run(self._played(level))
-        table = columns(sim)
-        table = table[np.lexsort((table["turn"], table["key"], table["arrival_s"]))]
-        table = table[table["arrival_s"] <= (level.duration_s or np.inf)]
+        sim = _Stopping(config, self.step_time)
+        sim.stop = (level.duration_s or np.inf) * TICKS_PER_S
+        table = np.sort(columns(sim.run(self._played(level))), order=["arrival_s", "key"])
         if level.slots:  # each request is a session of its own
             table["key"], table["turn"] = np.arange(len(table)), 0
-        taken = (
-            table["key"],
-            table["turn"],
-            table["input_len"],
-            *(table[n] for n in ("arrival_s", "first_s", "end_s")),
-        )
-        rows = dict(zip(COLUMNS, (*taken, table["input_len"], table["output_len"]), strict=True))
-        listed = {name: values.tolist() for name, values in rows.items()}
-        return Measured(level.name, level.slots, listed, float(table["end_s"].max()), {"verdict": "VALID"})
+        names = ("key", "turn", "input_len", "arrival_s", "first_s", "end_s", "input_len", "output_len")
+        rows = {ours: table[theirs].tolist() for ours, theirs in zip(COLUMNS, names, strict=True)}
+        return Measured(level.name, level.slots, rows, float(table["end_s"].max()), {"verdict": "VALID"})
 
     def _played(self, level: Level) -> list[Session]:
         """Slots as sessions that start anew with each turn."""
         if not level.slots:
             return level.sessions
-        made = []
-        for slot in range(level.slots):
-            each = level.sessions[slot :: level.slots]
-            turns = [replace(one.turns[0], pause_after_s=self.turnaround_s, compact_to=0) for one in each]
-            made += [Session(slot, 0.0, turns)] * bool(turns)
-        return made
+        turns = [replace(one.turns[0], pause_after_s=self.turnaround_s, compact_to=0) for one in level.sessions]
+        return [Session(slot, 0.0, turns[slot :: level.slots]) for slot in range(level.slots) if turns[slot:]]
 
 
-def _same(served: str, asked: str, model: ModelSpec) -> bool:
-    """Whether a served name is the asked one, or another name of the same model."""
-    if served == asked or Path(served).name == Path(asked).name:
-        return True
-    return normalize(served) in (normalize(asked), normalize(model.key))
+class _Stopping(Simulation):
+    """A simulation in which no turn is sent after `stop`, in ticks; what was sent runs to its end."""
+
+    stop = np.inf
+
+    def _arrive(self, state: SessionState, tick: int) -> None:
+        if tick < self.stop:
+            super()._arrive(state, tick)
 
 
-def _page(target: Target) -> Any:
-    try:
-        return read_page(_get(target, "/metrics"))
-    except UserError:
-        return None
-
-
-def _get(target: Target, path: str) -> str:
+def _get(target: Target, path: str) -> Any:
     """The text at a path of the server; raises UserError where there is none."""
-    key = os.environ.get(target.api_key_env or "", "")
     url = target.base_url.rstrip("/").removesuffix("/v1") + path
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Authorization": f"Bearer {os.environ[target.api_key_env]}"} if target.api_key_env else {}
     try:
-        with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as answer:
-            return str(answer.read().decode(errors="replace"))
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=ASK_TIMEOUT_S) as answer:
+            return answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: HTTP {error.code} {error.reason}") from None
     except (OSError, ValueError) as error:

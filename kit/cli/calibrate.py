@@ -49,7 +49,7 @@ def _text(result: dict[str, Any]) -> str:
         if row["percentile"] == 50:
             times = "".join(f"{row[name] * 1e3:12,.2f}" for name in ("measured_s", "before_s", "after_s"))
             name = row["quantity"].removesuffix("_s")
-            lines.append(f"{row['probe']:<14}{row['requests_like'] or 'mixed':>8} {name:<8}{times}")
+            lines.append(f"{row['probe']:<14}{row['group'] or 'mixed':>8} {name:<8}{times}")
     error = ", ".join(f"{name} {100 * (result[f'{name}_factor_90'] - 1):.1f} %" for name in ("ttft", "tpot"))
     lines += [f"90 % of figures left out of the fit are within: {error}", f"{result['probe_s']:.0f} s of probes"]
     return "\n".join([*lines, result["provenance"], f"written: {result['out']}"]) + "\n"
