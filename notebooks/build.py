@@ -6,6 +6,8 @@ blank. Both copies are executed with their defaults and stored with outputs.
 
     python notebooks/build.py [NAME ..]    build all, or those named by number or name
     python notebooks/build.py --check      say whether the stored notebooks are in step with src
+
+The README's table of notebooks comes from their headers, here too.
 """
 
 import argparse
@@ -26,6 +28,7 @@ NOTEBOOKS = Path(__file__).resolve().parent
 SOURCES = NOTEBOOKS / "src"
 SOLUTIONS = NOTEBOOKS / "solutions"
 BLANK = "# Write your code here"
+README, BEGIN, END = NOTEBOOKS.parent / "README.md", "<!-- notebooks -->\n", "<!-- /notebooks -->"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -121,11 +124,27 @@ def main() -> int:
     chosen = [s for s in sources if not options.names or any(_named(s, n) for n in options.names)]
     if options.check:
         lines = [line for source in chosen for line in differences(source)]
+        if README.read_text(encoding="utf-8") != readme():
+            lines.append("README.md: its table is not what the notebooks' headers say: make notebooks")
         print("\n".join(lines) or f"{len(chosen)} notebooks in step with src/")
         return int(bool(lines))
     for source in chosen:
         build(source)
+    README.write_text(readme(), encoding="utf-8")
     return 0
+
+
+def readme() -> str:
+    """README.md with the table of notebooks as the sources' headers say it."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    rows = ["| notebook | question | decision in `results.json` |", "|---|---|---|"]
+    for source in sorted(SOURCES.glob("[0-9][0-9]_*.py")):
+        first, glance = (cell.source for cell in jupytext.read(source, fmt="py:percent").cells[:2])
+        title, question = first.removeprefix("# ").split("\n\n")
+        output = re.search(r"- Output: (.+?)\n- ", glance, re.DOTALL)
+        written = re.sub(r"\s+", " ", output[1]).removeprefix("`results.json` with ").rstrip(".") if output else ""
+        rows.append(f"| [{title}](notebooks/{source.stem}.ipynb) | {question} | {written} |")
+    return before + BEGIN + "\n".join(rows) + "\n" + END + rest.partition(END)[2]
 
 
 def _named(source: Path, name: str) -> bool:

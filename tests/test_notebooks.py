@@ -195,3 +195,9 @@ def test_nbval_fails_on_a_changed_decision(tmp_path):
     assert "Another decision." in outcome.stdout
     assert first.strip() in outcome.stdout
     assert re.search(r"\b1 failed", outcome.stdout)
+
+
+def test_readme_lists_the_notebooks_as_their_headers_say():
+    assert build.README.read_text(encoding="utf-8") == build.readme()
+    linked = re.findall(r"\(notebooks/(\w+)\.ipynb\)", build.readme())
+    assert linked == sorted(path.stem for path in build.SOURCES.glob("[0-9][0-9]_*.py"))
