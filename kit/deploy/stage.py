@@ -157,7 +157,7 @@ def _watch(made: Stage, bundle: Path, addresses: dict[str, str], faster: float, 
         argv += [f"--web.listen-address=127.0.0.1:{alerting}", f"--storage.path={made.folder / 'alertmanager'}"]
         made.parts["alertmanager"] = _part("alertmanager", argv, {}, alerting, "/-/ready", made.folder)
     argv = ["prometheus", f"--config.file={here / 'prometheus.yml'}", f"--web.listen-address=127.0.0.1:{port}"]
-    argv.append(f"--storage.tsdb.path={made.folder / 'tsdb'}")
+    argv += [f"--storage.tsdb.path={made.folder / 'tsdb'}", "--scrape.discovery-reload-interval=250ms"]
     made.parts["prometheus"] = _part("prometheus", argv, {}, port, "/-/ready", made.folder)
 
 
