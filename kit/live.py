@@ -1,7 +1,6 @@
 """A live run: this host's engine behind the notebooks that measure; what an interrupted one had done is kept."""
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ from kit.catalog.paths import write_json
 from kit.decision import decide
 from kit.engine_config import engine_data
 from kit.engines import Engine, launch, start
-from kit.engines.launch import ENVIRONMENTS, ROOT, free_port
+from kit.engines.launch import ENVIRONMENTS, ROOT, free_port, template
 from kit.errors import UserError, unknown
 
 # Each with the flag that makes it say in `usage` what of a prompt it found cached.
 ENGINES = {"vllm": "--enable-prompt-tokens-details", "sglang": "--enable-cache-report"}
-OPEN_FLAGS, OPEN_PORT = "--flags-of-the-tuner", 65_535  # stand in a command until they are known
 CPU_LIMITS = {"max_num_seqs": 16, "enforce_eager": True}
 
 
@@ -96,10 +94,7 @@ class Live:
         """The engine's command with {port} and {flags} left open, its environment included."""
         model, flags = self._flags(settings)
         fixed = {name: value for name, value in flags.items() if name not in self.tuned}
-        one = launch(self.engine, model, {**fixed, OPEN_FLAGS: ""}, port=OPEN_PORT, command=self.command)
-        given = [f"{name}={value}" for name, value in one.environment.items()]
-        text = shlex.join(["env", *given, *one.argv]).replace("{", "{{").replace("}", "}}")
-        return text.replace(OPEN_FLAGS, "{flags}").replace(str(OPEN_PORT), "{port}")
+        return template(self.engine, model, fixed, self.command)
 
     def _flags(self, settings: Mapping[str, Any]) -> tuple[str, dict[str, object]]:
         """The model to serve and its flags: notebook 02's, or its arithmetic; without a GPU small limits."""

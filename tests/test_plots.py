@@ -156,3 +156,20 @@ def test_no_level_within_the_limit(ax):
         [{"concurrency": 1, "output_tokens_per_s": 9.0, "ttft_p90_s": None, "ttft_p99_s": None}], [], 0.5, "below"
     )
     assert "No level with p90 TTFT within 0.5 s" in said(ax)
+
+
+def test_goodput_by_limit():
+    def level(kind: str, most: int, concurrency: int | None, rate: float, p95: float | None) -> dict:
+        told = {"kind": kind, "max_num_seqs": most, "concurrency": concurrency, "goodput_requests_per_s": rate}
+        return told | {"ttft_s": {"p95": p95}}
+
+    levels = [level("closed", 64, 1, 1.0, None), level("closed", 64, 32, 9.0, 0.4), level("open", 64, 16, 5.0, 0.9)]
+    levels += [level("open", 64, None, 8.0, 0.3), level("open", 32, None, 8.5, 0.2)]
+    top, bottom = plots.goodput_by_limit(levels, {"tpot": 40, "kv_cache": None}, 32, 0.5, "below")
+    opened, closed, tpot, chosen = top.lines
+    assert [*opened.get_xdata(), *opened.get_ydata()] == [16, 32, 64, 5.0, 8.5, 8.0]  # by what the engine may run
+    assert list(closed.get_xdata()) == [1, 32]
+    assert (tpot.get_xdata()[0], chosen.get_xdata()[0]) == (40, 32)
+    assert list(bottom.lines[1].get_xdata()) == [32]  # an unknown p95 is left out
+    assert {"tpot 40", "32 at once serve most turns in time", "below"} <= set(said(top))
+    assert "limit 0.5 s" in said(bottom)

@@ -409,6 +409,40 @@ def test_a_live_run_goes_on_where_it_was_stopped(live_folder, monkeypatch, capsy
     assert len(list(root.glob("engine.until-*.log"))) == 2
 
 
+STARTS = """import shlex, subprocess, time, urllib.request
+from kit import notebook
+from kit.engines.launch import free_port
+run = notebook.begin("02_third", gpu=gpu, model=model, source=source, output_dir=output_dir)
+def start(engine_command=engine_command):
+    port = free_port()
+    return subprocess.Popen(shlex.split(engine_command.format(port=port, flags="--max-num-seqs 7"))), port
+one, port = start()
+while one.poll() is None:
+    try:
+        status = urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models").status
+        break
+    except OSError:
+        time.sleep(0.05)
+one.kill()
+run.finish({"command": engine_command}, [f"{source} {status}"])"""
+
+
+def test_a_notebook_may_start_the_engine_itself(live_folder, monkeypatch, capsys):
+    (live_folder / "go").touch()
+    parameters = LIVE + '\nengine_command: str = ""  # live only'
+    write_notebook(live_folder / "notebooks", "02_third", STARTS, parameters=parameters)
+    code, told, _ = live_run(live_folder, monkeypatch=monkeypatch, capsys=capsys)
+    first, _, third = told["notebooks"]
+    assert (code, third["decision"]) == (0, ["live 200"])
+    command = third["parameters"]["engine_command"]
+    assert command.endswith(" {flags}") or "{flags} " in command
+    assert "{port}" in command
+    assert "--max-num-seqs" not in command  # that is what the notebook tries
+    assert "--max-model-len" in command
+    with pytest.raises(UserError, match="cannot be reached"):  # the engine of the others was stopped before
+        run.reachable(first["parameters"]["base_url"])
+
+
 def test_other_parameters_run_again(live_folder, monkeypatch, capsys):
     tools = {"monkeypatch": monkeypatch, "capsys": capsys}
     live_run(live_folder, **tools)

@@ -14,6 +14,7 @@ from kit.errors import UserError
 
 ROOT = DATA.parent
 ENVIRONMENTS = ROOT / ".engines"
+_OPEN_FLAGS, _OPEN_PORT = "--flags-to-come", 65_535  # stand in a command until they are known
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ def launch(
         engine, argv, environment, host, port, served_model_name or model, rule["health"], rule["failure_noise"],
         str(fields["name"]) if docker else None, cpu,
     )  # fmt: skip
+
+
+def template(engine: str, model: str, flags: Mapping[str, object], command: str | None = None) -> str:
+    """The start of an engine as one command with {port} and {flags} left open, its environment included."""
+    one = launch(engine, model, {**flags, _OPEN_FLAGS: ""}, port=_OPEN_PORT, command=command)
+    given = [f"{name}={value}" for name, value in one.environment.items()]
+    text = shlex.join(["env", *given, *one.argv]).replace("{", "{{").replace("}", "}}")
+    return text.replace(_OPEN_FLAGS, "{flags}").replace(str(_OPEN_PORT), "{port}")
 
 
 def port_of(engine: str, command: str) -> int:
