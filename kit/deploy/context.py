@@ -1,7 +1,6 @@
 """What the templates read: values made concrete as containers, addresses, upstreams and images."""
 
 from collections.abc import Mapping
-from itertools import product
 from math import ceil
 from typing import Any
 
@@ -27,13 +26,8 @@ def context(case: Scenario, architecture: str, target: str, values: Mapping[str,
     data = load_yaml(DATA / "deploy.yaml")
     made: dict[str, Any] = {**values, "case": case, "architecture": architecture, "target": target}
     made["pools"] = pools = _pools(case, values, data, target == "kubernetes")
-    rows = own_prices(case.prices) + book()
-    for one, market in product(pools, ("spot", "on_demand")):
-        price = find(one["gpu"], market, rows)
-        one[f"{market}_price"] = price and round(price.usd_per_hour(market) * one["gpu_count"], 4)
     made |= {"what": data["architectures"][architecture]["what"], "versions": data["versions"]}
-    prices = [one["spot_price" if one["tier"] == "burst" and one["spot_price"] else "on_demand_price"] for one in pools]
-    paid = [price and price * one["replicas"] for price, one in zip(prices, pools, strict=True)]
+    paid = [one["price"] and one["price"] * one["replicas"] for one in pools]
     made["usd_per_hour"] = None if None in paid else round(sum(paid), 4)
     made["images"] = {
         name: one["image"] + (f"@{one['digest']}" if one["digest"] else "") for name, one in data["images"].items()
@@ -69,10 +63,15 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
 def _pools(case: Scenario, values: Mapping[str, Any], data: Mapping[str, Any], cluster: bool) -> Pools:
     """Pools with their containers; local engines take the host's GPUs in order, remote ones a machine each."""
     pools: Pools = []
+    rows = own_prices(case.prices) + book()
     taken, machine = 0, 10  # GPUs of this host, last number of an address
     for name, given in values["pools"].items():
         one = {**given, "name": name, "tier": "burst" if name == "spot" else "warm", **facts(case, given)}
         one |= _container(one, data["engines"][one["engine"]], values["limits"]["drain_s"])
+        for market in ("on_demand", "spot"):
+            found = find(one["gpu"], market, rows)
+            one[market] = found and round(found.usd_per_hour(market) * one["gpu_count"], 4)
+        one["price"] = (one["tier"] == "burst" and one["spot"]) or one["on_demand"]  # of one engine
         one |= {"nodes": ceil(one["gpu_count"] / NODE_GPUS), "engines": []}
         for number in range(max(one["replicas"], values["scale"]["max_replicas"] if cluster else 0)):
             label = f"{'engine' if len(values['pools']) == 1 else name}-{number}"
@@ -100,22 +99,17 @@ def _container(pool: Mapping[str, Any], rule: Mapping[str, Any], drain_s: int) -
     arguments, variables = flag_arguments(pool["engine"], flags)
     fields = {"model": pool["model"], "name": pool["served_model_name"], "drain_s": drain_s}
     path = data["start"]["health"]
+    gpus = min(pool["gpu_count"], NODE_GPUS)
     return {
         "image": pool["image"] or data["start"]["image"].format(version=pool["engine_version"]),
-        "entrypoint": rule["entrypoint"],
+        "entrypoint": rule["entrypoint"], "environment": rule["environment"] | variables, "user": rule["user"],
         "arguments": [part.format(**fields) for part in rule["arguments"]] + arguments + list(pool["extra_arguments"]),
-        "environment": rule["environment"] | variables,
         "fetch": [part.format(**fields) for part in rule["fetch"]],
-        "health": [part.format(path=path) for part in rule["health"]],
-        "health_path": path,
-        "user": rule["user"],
-        "cache_volume": f"{pool['name']}-cache",
-        "shm_gib": 8 * min(pool["gpu_count"], NODE_GPUS),
-        "start_period_s": ceil(2 * pool["start_s"][1]),
-        "host_cpus": 8 * min(pool["gpu_count"], NODE_GPUS),
-        "host_memory_gib": ceil((pool["weights_gib"] + 24) / 8) * 8,
+        "health": [part.format(path=path) for part in rule["health"]], "health_path": path,
+        "cache_volume": f"{pool['name']}-cache", "start_period_s": ceil(2 * pool["start_s"][1]),
+        "shm_gib": 8 * gpus, "host_cpus": 8 * gpus, "host_memory_gib": ceil((pool["weights_gib"] + 24) / 8) * 8,
         "dstack_gpu": _dstack_gpu(pool["gpu"], pool["gpu_count"]),
-    }
+    }  # fmt: skip
 
 
 def _dstack_gpu(key: str, count: int) -> str:
@@ -160,15 +154,11 @@ def _watch(case: Scenario, target: str, pools: Pools) -> dict[str, Any]:
             targets["engine"].append({"address": f"{one['host']}:{one['port']}", **label})
             if not any(other["address"] == f"{host}:{GPU_PORT}" for other in targets["gpu"]):
                 targets["gpu"].append({"address": f"{host}:{GPU_PORT}", **label})
-    spot = {one["tier"]: one["spot_price"] for one in pools if one["tier"] == "burst"}
-    usd = {one["tier"]: one["on_demand_price"] for one in pools} | {tier: usd for tier, usd in spot.items() if usd}
+    usd = {one["tier"]: one["price"] for one in pools if one["price"]}
+    slo = {name: case.slo.get(name) or 1e9 for name in ("ttft_s", "tpot_s")}
+    gpus = sum(pool["replicas"] * pool["gpu_count"] for pool in pools)
+    engine, start_s = pools[0], max(pool["start_s"][1] for pool in pools)
     return watch.context(
-        pools[0]["engine"],
-        pools[0]["engine_version"],
-        targets,
-        {name: case.slo.get(name) or 1e9 for name in ("ttft_s", "tpot_s")},
-        gpus=sum(pool["replicas"] * pool["gpu_count"] for pool in pools),
-        start_s=max(pool["start_s"][1] for pool in pools),
-        usd_per_hour={tier: price for tier, price in usd.items() if price},
+        engine["engine"], engine["engine_version"], targets, slo, gpus=gpus, start_s=start_s, usd_per_hour=usd,
         kubernetes=target == "kubernetes",
-    )
+    )  # fmt: skip

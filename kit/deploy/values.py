@@ -25,7 +25,6 @@ NODE_GPUS = COUNTS[-1]
 NODES = (2 * NODE_GPUS, 3 * NODE_GPUS, 4 * NODE_GPUS)  # where a model fits no single node
 TIER_TOKENS = 8192  # longer requests are not simple: LiteLLM passes them to the large model
 MACHINES = 64  # of a private network
-MEASURED = {"provenance": "measured"}
 FLAGS = (
     "tensor_parallel_size", "pipeline_parallel_size", "quantization", "kv_cache_dtype", "gpu_memory_utilization",
     "max_model_len", "max_num_seqs", "max_num_batched_tokens",
@@ -154,27 +153,18 @@ def pool(source: Source, model: str, gpu: str, sessions: int, counts: Sequence[i
     spec, card = catalog.model(model), catalog.gpu(gpu)
     held, replicas = _split(source, spec, card, sessions, counts)
     config, given = held.memory.config, _config(source.case, spec, source.engine)
-    flags, found = {name: getattr(config, name) for name in FLAGS}, _found(source, spec, card)
+    flags, found = {name: getattr(config, name) for name in FLAGS}, _found(source, held)
     flags["max_model_len"] = held.answer.max_model_len
     if given.quantization != "fp8" or spec.quantization:  # other formats are their checkpoint's own
         del flags["quantization"]
     path = DATA / "models" / f"{spec.key}.json"
+    hub = json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else model
     return {
-        "gpu": card.key,
-        "gpu_count": config.gpu_count,
-        "replicas": replicas,
-        "replicas_per_gpu": 1,
-        "place": "local",
-        "model": json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else model,
-        "served_model_name": spec.key,
-        "engine": config.engine,
-        "engine_version": config.engine_version,
-        "image": None,
-        "flags": flags | {"max_num_seqs": _batch(source.case, held)} | found["flags"],
-        "extra_arguments": [],
-        "output_tokens_per_s": found["output_tokens_per_s"],
-        "provenance": found["provenance"],
-    }
+        "gpu": card.key, "gpu_count": config.gpu_count, "replicas": replicas, "replicas_per_gpu": 1, "place": "local",
+        "model": hub, "served_model_name": spec.key, "engine": config.engine, "engine_version": config.engine_version,
+        "image": None, "flags": flags | {"max_num_seqs": _batch(source.case, held)} | found["flags"],
+        "extra_arguments": [], "output_tokens_per_s": found["speed"], "provenance": found["provenance"],
+    }  # fmt: skip
 
 
 def _batch(case: Scenario, held: Held) -> int:
@@ -188,32 +178,30 @@ def _batch(case: Scenario, held: Held) -> int:
     return high
 
 
-def _found(source: Source, spec: ModelSpec, card: GpuSpec) -> dict[str, Any]:
-    """Tuned flags and capacity of this model on this GPU: the scenario's own, else of notebooks 05 and 04."""
-    told: dict[str, Any] = {"flags": {}, "output_tokens_per_s": None, "provenance": "modelled"}
-    if source.case.tuned and spec.key == catalog.model(source.case.model).key:
-        flags = {name: value for name, value in source.case.tuned.items() if name in FLAGS}
-        return told | {"flags": flags, "output_tokens_per_s": source.case.tuned.get("output_tokens_per_s")} | MEASURED
-    tune, load = (_results(source, name, spec, card) for name in ("05_tune_max_num_seqs", "04_load_test"))
-    if tune:
-        recommended = tune["results"].get("recommended") or {}
-        told["flags"] = {name: value for name, value in recommended.items() if name in FLAGS}
-    if load:
-        told["output_tokens_per_s"] = max(row["output_tokens_per_s"] or 0 for row in load["results"]["curve"]) or None
-    live = [one for one in (tune, load) if one and one["source"] != "emulator" and "note" not in one]
-    return told | (MEASURED if live else {})
+def _found(source: Source, held: Held) -> dict[str, Any]:
+    """Flags and output tokens/s of this engine: the scenario's own, else of notebooks 05 and 04 where they ran."""
+    tuned, provenance = dict(source.case.tuned), "measured"
+    if not tuned or held.memory.model.key != catalog.model(source.case.model).key:
+        tune, load = (_results(source, name, held) for name in ("05_tune_max_num_seqs", "04_load_test"))
+        tuned = dict(tune["results"].get("recommended") or {}) if tune else {}
+        measured = [one for one in (tune, load) if one and one["source"] != "emulator"]
+        provenance = "measured" if measured else "modelled"
+        if load in measured and load["results"]["gpu_count"] == held.memory.config.gpu_count:
+            tuned["output_tokens_per_s"] = max(row["output_tokens_per_s"] or 0 for row in load["results"]["curve"])
+    flags = {name: tuned[name] for name in FLAGS if tuned.get(name)}
+    return {"flags": flags, "speed": tuned.get("output_tokens_per_s"), "provenance": provenance}
 
 
-def _results(source: Source, notebook: str, spec: ModelSpec, card: GpuSpec) -> dict[str, Any] | None:
-    """The results.json of a notebook of this scenario's run, None where it has not run for this model and GPU."""
-    for folder in (source.run / card.key, source.run) if source.run else ():
-        path = folder / notebook / "results.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            same = Path(found["scenario"]).stem == source.case.key
-            if same and (found["gpu"], found["model"]) == (card.key, spec.key):
-                return found
-    return None
+def _results(source: Source, notebook: str, held: Held) -> dict[str, Any] | None:
+    """The results.json of a notebook of this scenario, None where it did not run for this model and GPU itself."""
+    wanted = {"gpu": held.memory.gpu.key, "model": held.memory.model.key}
+    path = (source.run or Path("/dev/null")) / wanted["gpu"] / notebook / "results.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    own = Path(found["scenario"]).stem == source.case.key and wanted.items() <= found.items()
+    own = own and found["results"].get("engine", source.engine) == source.engine
+    return found if own and "note" not in found else None  # a note: run on a CPU in that GPU's place
 
 
 def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,43 +216,26 @@ def facts(case: Scenario, values: Mapping[str, Any]) -> dict[str, Any]:
     held = hold(spec, card, asked, Demand(context))
     memory, config, room = held.memory, held.memory.config, _room(case, held)
     if not room:
-        raise UserError(
-            f"{values['gpu_count']} x {card.key} leaves {spec.key} no room for a session of {context:,} tokens"
-        )
-    taken = share * (config.gpu_memory_utilization + PROCESS_BYTES / card.memory_bytes * (share > 1))
-    if taken > 1 or (share > 1 and values["gpu_count"] > 1):
-        most = 1 / share - PROCESS_BYTES / card.memory_bytes
-        raise UserError(
-            f"replicas_per_gpu {share}: each engine needs a share of its own on one GPU; flags.gpu_memory_utilization "
-            f"is {config.gpu_memory_utilization:g}, at most {most:.2f} fits"
-        )
+        where = f"{values['gpu_count']} x {card.key}"
+        raise UserError(f"{where} leaves {spec.key} no room for a session of {context:,} tokens")
+    overhead, used = PROCESS_BYTES / card.memory_bytes, config.gpu_memory_utilization
     shared = ""
     if share > 1:
-        alone = hold(spec, card, replace(asked, gpu_memory_utilization=None), Demand(context)).memory
-        shared = (
-            f"{share} engines on one {card.key} keep {share * memory.kv_cache_tokens():,} KV tokens, one engine alone "
-        )
-        shared += f"{alone.kv_cache_tokens():,} (modelled): the weights are there {share} times"
-    rows, tokens = min(config.max_num_seqs, room), int(mean(case.growth_tokens))
-    speed = rows / step_time(spec, card, config).step_s((), rows, rows * tokens)
-    factor = fitted(spec, card, config).tpot_factor
-    weights = memory.weights.size_bytes * values["gpu_count"]
-    start = start_up(weights, "network-volume")
+        if share * (used + overhead) > 1 or values["gpu_count"] > 1:
+            told = f"flags.gpu_memory_utilization is {used:g}, at most {1 / share - overhead:.2f} fits"
+            raise UserError(f"replicas_per_gpu {share}: each engine needs a share of its own on one GPU; {told}")
+        alone = hold(spec, card, replace(asked, gpu_memory_utilization=None), Demand(context)).memory.kv_cache_tokens()
+        shared = f"{share} engines on one {card.key} keep {share * memory.kv_cache_tokens():,} KV tokens, one engine "
+        shared += f"alone {alone:,} (modelled): the weights are there {share} times"
+    rows, given = min(config.max_num_seqs, room), values["output_tokens_per_s"]
+    speed = rows / step_time(spec, card, config).step_s((), rows, int(rows * mean(case.growth_tokens)))
+    factor, weights = fitted(spec, card, config).tpot_factor, memory.weights.size_bytes * values["gpu_count"]
+    start, whole = start_up(weights, "network-volume"), held.answer.max_concurrent_sessions
     return {
-        "card": card,
-        "config": config,
-        "sessions": min(room, config.max_num_seqs),
-        "sessions_interval": tuple(int(n * room / held.answer.max_concurrent_sessions) for n in held.sessions_interval),
+        "config": config, "card_quantization": spec.quantization, "shared_kv": shared, "weights_gib": weights / GIB,
+        "sessions": rows, "sessions_interval": tuple(int(n * room / whole) for n in held.sessions_interval),
         "kv_cache_tokens": memory.kv_cache_tokens(),
-        "speed": values["output_tokens_per_s"] or speed,
-        "speed_interval": None if values["output_tokens_per_s"] else (speed / factor, speed * factor),
-        "shared_kv": shared,
-        "card_quantization": spec.quantization,
-        "weights_gib": weights / GIB,
-        "start_s": start.total_s(warm_host=True),
-        "cold_s": start.total_s(),
-        "peak_requests_per_s": case.sessions
-        / held.answer.max_concurrent_sessions
-        * speed
-        / case.output_tokens_per_turn,
-    }
+        "start_s": start.total_s(warm_host=True), "cold_s": start.total_s(),
+        "speed": given or speed, "speed_interval": None if given else (speed / factor, speed * factor),
+        "peak_requests_per_s": case.sessions / whole * speed / case.output_tokens_per_turn,
+    }  # fmt: skip

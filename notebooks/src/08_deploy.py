@@ -64,7 +64,7 @@ run = notebook.begin("08_deploy", gpu=gpu, model=case.model, scenario=scenario, 
 
 # %%
 folder = Path(tempfile.mkdtemp())
-runs = Path(output_dir).parent if output_dir else None
+runs = Path(output_dir).resolve().parents[1] if output_dir else None
 bundles, refused = {}, {}
 for name in ARCHITECTURES:
     try:

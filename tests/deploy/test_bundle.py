@@ -206,7 +206,7 @@ def test_results_of_a_run_are_used_and_told(tmp_path):
     same = {"gpu": H100, "model": "mistral-nemo-2407", "scenario": "customer-service"}
     for notebook, results in (
         ("05_tune_max_num_seqs", {"recommended": {"max_num_seqs": 48, "max_num_batched_tokens": 4096}}),
-        ("04_load_test", {"curve": [{"output_tokens_per_s": 900.0}, {"output_tokens_per_s": 1800.0}]}),
+        ("04_load_test", {"gpu_count": 1, "curve": [{"output_tokens_per_s": 900.0}, {"output_tokens_per_s": 1800.0}]}),
     ):
         (run / notebook).mkdir(parents=True)
         record = same | {"source": "live", "results": results}
@@ -219,6 +219,11 @@ def test_results_of_a_run_are_used_and_told(tmp_path):
     assert (pool["provenance"], record["pools"]["main"]["speed"]) == ("measured", 1800.0)
     made(tmp_path / "other", gpu="h200-sxm-141gb", run=tmp_path / "runs")
     assert "modelled" in (tmp_path / "other" / "values.yaml").read_text()
+    for path in run.rglob("results.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "ran without a GPU"}))
+    made(tmp_path / "cpu", run=tmp_path / "runs")
+    pool = yaml.safe_load((tmp_path / "cpu" / "values.yaml").read_text())["pools"]["main"]
+    assert (pool["provenance"], pool["output_tokens_per_s"]) == ("modelled", None)
 
 
 def test_a_scenario_may_hold_tuned_flags(tmp_path):
