@@ -53,18 +53,18 @@ class Calibration:
 
         Raises UserError for another model, GPU or engine, or a flag that changes what a step costs.
         """
-        for name, ours, asked in (("model", self.model, model.key), ("GPU", self.gpu, gpu.key)):
+        for name, ours, asked in (("--model", self.model, model.key), ("--gpu", self.gpu, gpu.key)):
             if ours != asked:
-                raise UserError(f"the calibration is of {name} {ours}, not {asked}")
+                raise UserError(f"--calibration is of {name} {ours}, not {asked}")
         own = EngineConfig(**self.config)
         if config.engine != own.engine:
-            raise UserError(f"the calibration is of --engine {own.engine}, not {config.engine}")
+            raise UserError(f"--calibration is of --engine {own.engine}, not {config.engine}")
         filled = replace(own, **{name: value for name, value in asdict(config).items() if value != UNSET[name]})
         theirs, wanted = (resolve(one, model, gpu) for one in (own, filled))
         for name in DECISIVE:
             if getattr(theirs, name) != getattr(wanted, name):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"the calibration is of {flag} {getattr(theirs, name)}, not {getattr(wanted, name)}")
+                raise UserError(f"--calibration is of {flag} {getattr(theirs, name)}, not {getattr(wanted, name)}")
         basis = Fitted(self.coefficients, "calibrated", self.ttft_factor_90, self.tpot_factor_90, 0.0,
                        (self.told()["provenance"],), self.kv_cache_factor)  # fmt: skip
         return filled, basis
