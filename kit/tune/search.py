@@ -24,8 +24,8 @@ REASONS = {
 }
 FLAT, FEW = 0.01, 2  # goodputs this near are one, or within so many turns
 NEAR = 0.9  # of the best goodput: worth a start to know better
-MOST_LEVELS = 10  # open loops of the search
-FINEST = 1.2  # values closer than this are not told apart
+MOST_LEVELS = 11  # open loops of the search
+FINEST, BRACKET = 1.1, 1.44  # ratio of values that are not told apart; of the closed loops around the limit
 GENEROUS, LEAST_FIRST = 4, 64  # limit of the first start: so many times what is expected, and at least
 UNKNOWN, MOST_SEQS = 32, 1024  # where nothing is expected, and beyond which nothing is tried
 HOPELESS = 0.5  # fewer than this within the limits, one turn alone: nothing to tune
@@ -137,7 +137,7 @@ class Tuner:
             good = max((n for n in seen if carries(n)), default=1)
             bad = min((n for n in seen if n > good), default=good)
             middle = round(sqrt(good * bad))
-            if bad <= FINEST**2 * good or middle in seen:
+            if bad <= BRACKET * good or middle in seen:
                 return [seen[n] for n in sorted(seen)]
             carries(middle)
 

@@ -172,6 +172,56 @@ def test_what_decides() -> None:
     assert decides(curve({16: 5.0, 32: 5.0, 64: 5.0}), 32) == "load"
 
 
+class Curve:
+    """Answers by formula: good turns per second by most turns at once, each start its share of them."""
+
+    def __init__(self, goodput, carried: int, later_starts: float = 1.0) -> None:
+        self.goodput, self.carried, self.later_starts = goodput, carried, later_starts
+
+    def boot(self, flags, index):
+        return Boot(index, dict(flags), flags["max_num_seqs"])
+
+    def closed_loop(self, boot, concurrency, seed, min_turns):
+        met = 1.0 if concurrency <= self.carried else 0.0
+        given = {"slo_attainment_fraction": met, "tpot_attainment_fraction": met, "requests_per_s": float(concurrency)}
+        return level(concurrency, boot=boot.index, max_num_seqs=boot.max_num_seqs, kind="closed", seed=seed, **given)
+
+    def open_loop(self, boot, seed, max_concurrency=None):
+        one = level(max_concurrency or 0, boot=boot.index, max_num_seqs=boot.max_num_seqs, seed=seed)
+        share = 1.0 if boot.index == 1 else self.later_starts
+        good = share * self.goodput(min(boot.max_num_seqs, max_concurrency or boot.max_num_seqs))
+        return replace(one, concurrency=max_concurrency, goodput_requests_per_s=good)
+
+
+def by_formula(machine: Curve, expected: int, max_boots: int = 3):
+    setup = Setup(catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb"), EngineConfig(), expected)
+    return tune(machine, setup, Goal(1.0, 0.1), Store(None, {}), max_boots)
+
+
+def test_a_first_start_too_small_is_followed_by_a_larger_one() -> None:
+    found = by_formula(Curve(lambda n: float(min(n, 200)), carried=50), expected=8)
+    assert found.boots <= 3
+    assert found.confirmed
+    assert {64, 256} <= {one["max_num_seqs"] for one in found.evidence}
+    assert found.recommended["max_num_seqs"] >= 198
+
+
+def test_a_goodput_that_does_not_come_again_is_unresolved() -> None:
+    peak = Curve(lambda n: 10.0 - abs(n - 40) / 10, carried=30, later_starts=0.5)
+    found = by_formula(peak, expected=32)
+    assert (found.status, found.confirmed) == ("unresolved", False)
+    good = peak.goodput(found.recommended["max_num_seqs"])
+    assert f"gave {good / 2:.3g} good turns/s on its own start, {good:.3g} before" in found.notes[0]
+
+
+@pytest.mark.parametrize("expected", [4, 32, 500])
+@pytest.mark.parametrize("best", [3, 40, 180])
+def test_a_peak_is_found_wherever_the_search_begins(best: int, expected: int) -> None:
+    found = by_formula(Curve(lambda n: 10.0 - 3 * abs(np.log2(n / best)), carried=max(1, best // 2)), expected=expected)
+    assert found.boots <= 3
+    assert 10.0 - 3 * abs(np.log2(found.recommended["max_num_seqs"] / best)) > 9.5
+
+
 ADMISSION = {
     "vllm": ("--max-num-queued-reqs", 64 + 20),
     "sglang": ("--max-queued-requests", 20),
