@@ -21,7 +21,7 @@ from kit.scenario import COUNTS, Scenario, hold, parallel
 from kit.scheduler import SchedulerConfig
 from kit.simulator import Simulation, SimulationConfig, replica
 from kit.simulator.answers import columns
-from kit.steptime import Fitted, StepTime, fitted
+from kit.steptime import Fitted, fitted
 from kit.workload import Session, Turn
 
 SPREAD = 0.2  # half width of token counts around a scenario's own, as a fraction
@@ -50,7 +50,7 @@ class Machine:
     gpu: GpuSpec
     config: EngineConfig
     limits: SchedulerConfig
-    steps: StepTime
+    steps: Any  # step_s, decode_line and request_s
     basis: Fitted
 
     def play(self, sessions: Sequence[Session], *, keep_kv: bool = True) -> Simulation:
