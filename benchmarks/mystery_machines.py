@@ -1,6 +1,6 @@
 """Calibration against machines with hidden speeds, overheads, KV pools and stalls: a part of docs/accuracy.md.
 
-    .venv/bin/python benchmarks/mystery_machines.py [--seeds 20] [--first 0] [--http] [--write]
+    .venv/bin/python benchmarks/mystery_machines.py [--seeds 20] [--first 0] [--http [--realtime]] [--write]
 
 A hidden machine (`kit emulate --truth SEED`) is probed in virtual time for about ten minutes of its own time and
 calibrated from that alone; then workloads that were not probed are played on it and on the calibrated model.
@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -117,16 +116,16 @@ def virtual(machine: Machine, folder: Path) -> Calibration:
     return load(folder / "found.json")
 
 
-def over_http(machine: Machine, folder: Path) -> Calibration:
-    """Probed in real time by the two commands."""
+def over_http(machine: Machine, folder: Path, first: list[str]) -> Calibration:
+    """Probed in real time by the two commands, each behind the words of `first`."""
     name, card, flags = CASES[machine.seed % len(CASES)]
     engine = [part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", str(value))]
     asked = ["--model", name, "--gpu", card, *engine, "--json"]
-    emulate = [*KIT, "emulate", *asked, "--port", "0", "--truth", str(machine.seed)]
+    emulate = [*first, *KIT, "emulate", *asked, "--port", "0", "--truth", str(machine.seed)]
     process = subprocess.Popen(emulate, stdout=subprocess.PIPE, text=True)
     try:
         url = json.loads(process.stdout.readline())["base_url"]  # type: ignore[union-attr]
-        probe = [*KIT, "calibrate", "--base-url", url, *asked, "--out", str(folder / "found.json")]
+        probe = [*first, *KIT, "calibrate", "--base-url", url, *asked, "--out", str(folder / "found.json")]
         subprocess.run(probe, check=True, stdout=subprocess.DEVNULL)
     finally:
         process.terminate()
@@ -134,12 +133,14 @@ def over_http(machine: Machine, folder: Path) -> Calibration:
     return load(folder / "found.json")
 
 
-def judge(seed: int, http: bool = False) -> dict[str, Any]:
+def judge(seed: int, http: bool, first: list[str]) -> dict[str, Any]:
     """The errors of one seed on every workload, before and after calibration."""
     machine, begun = Machine(seed), perf_counter()
     model, gpu, config = machine.case()
-    with tempfile.TemporaryDirectory() as folder:
-        found = (over_http if http else virtual)(machine, Path(folder))
+    folder = KEPT.with_name(f"mystery_machines-{seed}{'-http' * http}")
+    folder.mkdir(exist_ok=True)
+    (folder / "found.json").unlink(missing_ok=True)
+    found = over_http(machine, folder, first) if http else virtual(machine, folder)
     wall_s = perf_counter() - begun
     plain, calibrated = replica(model, gpu, config), replica(model, gpu, *found.apply(model, gpu, config))
     rows = []
@@ -181,8 +182,8 @@ def section(found: list[dict[str, Any]]) -> str:
         name = f"{one['seed']}{' HTTP' if one['http'] else ''} | {one['case'][0]}, {one['case'][1]}"
         cells = " | ".join(f"{error:.1%}" for error in worst)
         lines.append(f"| {name} | {one['probe_s']:.0f} | {cells} | {'yes' if one['passed'] else 'no'} |")
-    lines += ["", "| workload, virtual | TPOT error, median | worst | TTFT error, median | worst | TPOT covered | TTFT |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = "| workload, virtual | TPOT error, median | worst | TTFT error, median | worst | TPOT covered | TTFT |"
+    lines += ["", head, "|---|---|---|---|---|---|---|"]
     for index, row in enumerate(virtual_ones[0]["rows"]):
         errors = np.abs([one["rows"][index]["after"] for one in virtual_ones])
         factors = np.array([[one["tpot_factor_90"], one["ttft_factor_90"]] for one in virtual_ones])
@@ -208,11 +209,12 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=20)
     options.add_argument("--first", type=int, default=0)
     options.add_argument("--http", action="store_true", help="in real time")
+    options.add_argument("--realtime", action="store_true", help="SCHED_FIFO, so that other work is not measured along")
     options.add_argument("--write", action="store_true", help="what runs/ holds into docs/accuracy.md")
     given = options.parse_args()
     KEPT.parent.mkdir(exist_ok=True)
     for seed in range(given.first, given.first + given.seeds):
-        one = judge(seed, given.http)
+        one = judge(seed, given.http, ["chrt", "--fifo", "10"] if given.realtime else [])
         print(tell(one), flush=True)
         with KEPT.open("a", encoding="utf-8") as file:
             file.write(json.dumps(one) + "\n")

@@ -30,7 +30,7 @@ NOISE = {"ttft_s": (0.03, 5e-4), "tpot_s": (0.01, 2e-5)}  # of a median in log, 
 DOUBTED = {"VALID": 1.0, "CLIENT_BOUND": 3.0}  # the same where the client was too slow to believe it
 MANY, SIDES = 8, {50: 1, 25: 2, 75: 2}  # from so many requests on their quartiles count too, half as much
 NEAR = 0.15  # a percentile is the mean of the requests whose rank is this near: smoother where values cluster
-STEPS, FASTEST, BOUNDS = 24, 0.7, (0.02, 30.0)  # of the search, how far a root moves in one, and where it may be
+STEPS, FASTEST, BOUNDS = 24, 1.0, (0.02, 300.0)  # of the search, how far a root moves in one, and where it may be
 UNSURE, SURE = 60.0, 2.0  # standard errors from which on a figure counts less: at first, and in the end
 COVERAGE = 0.9
 
@@ -101,8 +101,9 @@ class Fit:
     def errors(self, roots: Floats) -> tuple[Floats, Floats]:
         """Errors in standard errors, with the distances from the prior in theirs, and their derivatives."""
         log, slopes = self.simulated(roots)
-        errors = np.concatenate([(log - self.measured) / self.sigma, (roots - 1) / SPREAD])
-        return errors, np.concatenate([slopes / self.sigma[:, None], np.diag(1 / SPREAD)])
+        far = np.where(roots > 1, np.log(roots), roots - 1)  # an engine on a CPU is thousands of times from a GPU
+        errors = np.concatenate([(log - self.measured) / self.sigma, far / SPREAD])
+        return errors, np.concatenate([slopes / self.sigma[:, None], np.diag(1 / (SPREAD * np.maximum(1, roots)))])
 
     def solve(self) -> Floats:
         """Roots by group: Gauss-Newton steps, in which figures that nothing fits count less and less.
