@@ -14,6 +14,7 @@ from kit.prices import book, find, own_prices
 from kit.scenario import Scenario
 
 TEMPLATES = DATA.parent / "docker" / "templates"
+ROUTER_LOCK = DATA.parent / "requirements" / "deploy-router.lock"
 PORT, GPU_PORT, EXPORTER_PORT = 8000, 9400, 9113
 POINTS = 10  # least weight: a consistent hash puts 160 points on its ring for each unit
 DEFAULTS = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_dtype": "auto"}
@@ -33,7 +34,8 @@ def context(case: Scenario, architecture: str, target: str, values: Mapping[str,
         name: one["image"] + (f"@{one['digest']}" if one["digest"] else "") for name, one in data["images"].items()
     }
     made["remotes"] = [one for one in pools if one["place"] == "remote"]
-    made["counters"] = (TEMPLATES / "monitoring" / "dcgm-counters.csv").read_text(encoding="utf-8")
+    included = {"counters": TEMPLATES / "monitoring" / "dcgm-counters.csv", "router_lock": ROUTER_LOCK}
+    made |= {name: path.read_text(encoding="utf-8") for name, path in included.items()}
     made |= _edge(values["edge"], pools, architecture)
     made["warnings"] = _warnings(case, architecture, target, pools)
     return made | {"watch": _watch(case, target, pools)}
@@ -43,12 +45,14 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
     """What NGINX passes requests to: engines as one upstream, or a router that spreads them."""
     if given["balance"] not in BALANCE:
         raise unknown("edge.balance", given["balance"], BALANCE)
+    if architecture != "single-node" and given["balance"] != BALANCE[0]:
+        raise UserError(f"edge.balance {given['balance']} is for equal engines: single-node only, not {architecture}")
     edge = {**given, "status_port": 8081, "upstream": "engines", "upstream_port": None}
     upstreams: Pools = [{"name": "engines", "port": None, "pools": pools}]
     if architecture == "tiered":  # LiteLLM comes back to one port for each pool
         edge |= {"upstream": "litellm", "upstream_port": 4000}
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]
-    elif architecture == "single-node" and given["balance"] != BALANCE[0]:
+    elif given["balance"] != BALANCE[0]:
         edge |= {"upstream": "router", "upstream_port": PORT}
     for one in upstreams:
         slowest = min(pool["speed"] for pool in one["pools"])

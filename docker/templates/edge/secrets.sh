@@ -12,6 +12,7 @@ for client in "${@:-agents}"; do
     grep -q "^$client " secrets/api_keys || echo "$client $(random)" >> secrets/api_keys
 done
 [ -s secrets/grafana_password ] || random > secrets/grafana_password
+[ -s secrets/router_key ] || printf 'sk-%s' "$(random)" > secrets/router_key # between NGINX and LiteLLM, where there is one
 # The folder is closed to others on this host; the files are read by the containers' own users.
 chmod 700 secrets
 find secrets -maxdepth 1 -type f -exec chmod 644 {} +

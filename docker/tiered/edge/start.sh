@@ -32,6 +32,8 @@ if [ ! -s "$RUN/keys.map" ]; then
     exit 1
 fi
 
+if [ -f "$SECRETS/router_key" ]; then printf '"~." "Bearer %s";\n' "$(cat "$SECRETS/router_key")" > "$RUN/upstream_key.map"; fi
+
 if [ "${1:-}" = reload ]; then # start.sh reload: the changed files, old workers end their streams
     sh "$CONF/watch.sh" once
     exec nginx -p "$RUN" -c "$RUN/nginx.conf" -s reload
