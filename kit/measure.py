@@ -109,12 +109,20 @@ def host_limits(streams: int) -> list[dict[str, Any]]:
 
 def emulate(model: str, gpu: str, config: EngineConfig, log: Path, more: dict[str, Any]) -> Engine:
     """`kit emulate` on a free port; it ends with this process, however that ends."""
+    return _serve("emulate", {"model": model, "gpu": gpu, **asdict(config), **more}, model, log)
+
+
+def record(target: Target, out: Path) -> Engine:
+    """`kit record` between agents and that server, writing to `out`; it too ends with this process."""
+    return _serve("record", {"upstream": target.base_url, "out": out}, target.model, out.with_suffix(".log"))
+
+
+def _serve(command: str, given: dict[str, Any], model: str, log: Path) -> Engine:
     port = free_port()
-    given = {"model": model, "gpu": gpu, "port": port, **asdict(config), **more}
     flags = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value not in (None, False)}
-    argv = [sys.executable, "-c", "from kit.cli import main; main()", "emulate"]
+    argv = [sys.executable, "-c", "from kit.cli import main; main()", command, "--port", str(port)]
     argv += [part for flag, value in flags.items() for part in (flag, str(value))[: 1 if value is True else 2]]
-    return start(Launch(config.engine, argv, {}, "127.0.0.1", port, model, "/health", []), log)
+    return start(Launch(given.get("engine", command), argv, {}, "127.0.0.1", port, model, "/health", []), log)
 
 
 def call(target: Target, path: str, body: dict[str, Any] | None = None) -> Any:

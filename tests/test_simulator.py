@@ -96,6 +96,12 @@ def test_join_waits_for_the_slowest_child() -> None:
     assert rows["end_s"][~own].max() > 0.5 + rows["end_s"][own][0]
 
 
+def test_children_of_a_last_turn_are_played() -> None:
+    child = Session(9, 0.2, [Turn(10, 5)])
+    sim = run([Session(0, 0.0, [Turn(10, 1, children=[child])])])
+    assert (sim.planned, len(table(sim)["end_s"])) == (2, 2)
+
+
 def test_kv_kept_or_lost_at_a_pause() -> None:
     session = Session(0, 0.0, [Turn(160, 1, 1.0), Turn(16, 1)], shared_prefix_tokens=160)
     assert table(run([session]))["hit_tokens"].tolist() == [0, 320]

@@ -209,7 +209,7 @@ class Simulation:
         ))  # fmt: skip
         state.context = request.input_len + request.output_len
         state.turn += 1
-        if last:
+        if last and not turn.children:
             self._end_session(state)
             return
         if not self.config.keep_kv:
@@ -225,5 +225,7 @@ class Simulation:
     def _end_session(self, state: SessionState) -> None:
         if (parent := state.parent) is not None:
             parent.waiting_children -= 1
-            if parent.waiting_children == 0:
+            if parent.waiting_children == 0 and parent.turn == len(parent.session.turns):
+                self._end_session(parent)
+            elif parent.waiting_children == 0:
                 self._arrive(parent, max(parent.resume, self.now))

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -56,7 +57,7 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     asked.key = os.environ.get("OPENAI_API_KEY", "none")
     asked.base_url = asked.base_url.rstrip("/").removesuffix("/v1") + "/v1"
-    asked.session = uuid.uuid4().hex[:12]
+    asked.session = f"{Path(sys.argv[0]).stem.removesuffix('_agent')}-{uuid.uuid4().hex[:6]}"
     _only(urlsplit(asked.base_url).hostname)
     return asked
 
