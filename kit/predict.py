@@ -74,7 +74,7 @@ def predict(
     if ask.input_tokens + ask.output_tokens > longest:
         limit = "max_model_len" if longest == limits.max_model_len else "KV cache"
         raise UserError(f"--input-tokens + --output-tokens exceed the {limit} of {longest} tokens")
-    # API and tokeniser before the scheduler: inside the loop as calibrated, around it as the published runs were fitted.
+    # API and tokeniser act inside the loop, as a calibration saw them; published runs were fitted with them around it.
     inside = basis.basis == "calibrated"
     cluster = SimulationConfig(limits, warm=True, request_s=steps.request_s if inside else None)
     simulation = Simulation(cluster, steps).run(ask.sessions(basis.length_spread, longest))
