@@ -46,6 +46,8 @@ def _text(result: dict[str, Any]) -> str:
         under = {name: row} | {f"  {model} model": one for model, one in row["other_interruptions"].items()}
         for label, one in under.items():
             lines.append(f"{label:<24}" + "".join(f"{_number(one[key]):>13}" for key in FIGURES))
+        usd, met = (_interval(row[key]) for key in ("usd_per_month_interval", "slo_attainment_interval"))
+        lines.append(f"  90 %: {usd} USD/month sized anew, {met} within SLO as it is")
         for check in row["checks"]:
             off = f"cost {check['usd_difference_fraction']:+.1%}, attainment {check['attainment_difference']:+.1%}"
             lines.append(f"  minutes against turns on day {check['day']}: {off}")
@@ -53,8 +55,9 @@ def _text(result: dict[str, Any]) -> str:
             low, high = map(round, row["lead_time_s"])
             lines.append(f"  a new replica takes {low} to {high} s, the median burst lasts {row['burst_s']:.0f} s")
     for name, one in result["capacity"].items():
-        low, high = one["turns_per_s_interval"]
-        lines.append(f"modelled: {name}: {one['turns_per_s']:.3g} turns/s within the SLO, 90 % {low:.3g} to {high:.3g}")
+        if interval := one["turns_per_s_interval"]:
+            told = f"{one['turns_per_s']:.3g} turns/s within the SLO, 90 % {interval[0]:.3g} to {interval[1]:.3g}"
+            lines.append(f"modelled: {name}: {told}")
     quotes = {json.dumps(price): price for _, row in ranked for price in row["prices"]}
     lines += [_quoted(price) for price in quotes.values()]
     lines += [f"left out: {name}: {reason}" for name, reason in result["skipped"].items()]
@@ -69,6 +72,10 @@ def _quoted(price: dict[str, Any]) -> str:
     usd = ", ".join(f"{key} {price[key]:g}" for key in MARKETS if price.get(key)) + " USD"
     what = f"{price.get('gpu') or price['model']} at {price['provider']}: {usd} ({price['source']}, {age})"
     return f"quoted: {what}{' STALE' if price['is_stale'] else ''}"
+
+
+def _interval(ends: list[float] | None) -> str:
+    return f"{_number(ends[0])} to {_number(ends[1])}" if ends else "unknown"
 
 
 def _number(value: float | None) -> str:

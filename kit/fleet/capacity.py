@@ -1,7 +1,7 @@
 """What one replica serves: attainment, turns in flight and KV use by load, from one simulated ramp."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from types import SimpleNamespace
@@ -43,7 +43,13 @@ class Kind:
     kv_cache_usage: Floats
     e2el_s: float  # mean of a turn
     work: Floats = field(default_factory=lambda: np.ones(1))  # of each turn of a sample over the mean turn's
-    ends: tuple["Kind", ...] = ()  # as slow and as fast as the step time's 90 % interval leaves open
+    factor: float = 1.0  # that holds 90 % of the step time's errors
+    slower: Callable[[float], dict[str, Any]] = lambda factor: {}  # curves for steps so many times as long
+
+    @cached_property
+    def ends(self) -> tuple["Kind", "Kind"]:
+        """It as slow and as fast as the 90 % interval leaves open."""
+        return replace(self, **self.slower(self.factor)), replace(self, **self.slower(1 / self.factor))
 
     @cached_property
     def target_per_s(self) -> float:

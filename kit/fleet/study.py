@@ -4,7 +4,7 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from math import ceil, inf
 from types import SimpleNamespace
@@ -73,9 +73,8 @@ class Study:
             lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
             factor = fitted(model, gpu, held.memory.config).tpot_factor
             load = limits, steps, self.traffic.workload, self.slo, self.traffic.sample
-            made = Kind(gpu, count, limits, steps, lead_s, **measure(*load))
-            ends = tuple(replace(made, **measure(*load, by, RAMP_S / 3)) for by in (factor, 1 / factor))
-            self.kinds[key] = replace(made, ends=ends)
+            again = partial(measure, *load, ramp_s=RAMP_S / 3)
+            self.kinds[key] = Kind(gpu, count, limits, steps, lead_s, **measure(*load), factor=factor, slower=again)
         return self.kinds[key]
 
     def price(self, gpu: str, market: str) -> prices.GpuPrice:
@@ -255,7 +254,7 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
     capacity = {
         f"{model} on {gpu}": {
             "turns_per_s": one.target_per_s,
-            "turns_per_s_interval": [end.target_per_s for end in one.ends],
+            "turns_per_s_interval": [end.target_per_s for end in one.ends] if "ends" in vars(one) else None,
         }
         for (gpu, model), one in study.kinds.items()
     }
