@@ -30,7 +30,7 @@ from kit.tune.virtual import Window
 from kit.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL, REAL_S, REAL_TRUTH = ROOT / "runs" / "tuning-emulator.jsonl", 60.0, 3
+REAL, REAL_S, REAL_TRUTH = ROOT / "runs" / "tuning-emulator.jsonl", 120.0, 3
 OUT, PAGE = ROOT / "runs" / "tuning.jsonl", ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tuning: begin -->", "<!-- tuning: end -->"
 GRID = (2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 1024)
@@ -74,16 +74,15 @@ class Setting:
 
 
 STEADY = {"arrivals": {"kind": "poisson", "rate_per_s": 1.0}}
-LONG = {"median": 600, "sigma": 0.5, "max": 2000}
 SETTINGS = {
     "kv": Setting(
-        "the KV pool: long answers on a small card", "llama-3.1-8b", "a10g-24gb", "simple-chat",
-        {"session.output_len": LONG, "session.first_new_tokens": {"median": 1500, "sigma": 0.6, "max": 6000}},
-        (900.0, 50, 12), (4.0, 0.12),
+        "the KV pool: a model that fills its card", "qwen2.5-32b", "h100-sxm-80gb", "customer-service",
+        STEADY | {"session.first_new_tokens": {"median": 2000, "sigma": 0.6, "max": 8000}},
+        (480.0, 120, 20), (3.0, 0.1),
     ),
     "tpot": Setting(
         "TPOT: 18 ms, and a burst that may wait", "llama-3.1-8b", "h100-sxm-80gb", "customer-service", STEADY,
-        (240.0, 300, 150), (6.0, 0.018),
+        (120.0, 150, 100), (6.0, 0.018),
     ),
     "ttft": Setting(
         "TTFT in a burst of calls", "mistral-nemo-2407", "l40s-48gb", "silent-hour-then-500-calls", STEADY,
@@ -98,7 +97,7 @@ SETTINGS = {
         (240.0, 24, 8), (1.0, 0.04),
     ),
     "sglang": Setting(
-        "voice on SGLang's scheduler", "llama-3.1-8b", "h100-sxm-80gb", "voice", {}, (240.0, 250, 60), (0.3, 0.035),
+        "voice on SGLang's scheduler", "llama-3.1-8b", "h100-sxm-80gb", "voice", {}, (120.0, 130, 40), (0.3, 0.035),
         "sglang",
     ),
 }  # fmt: skip
