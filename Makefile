@@ -6,6 +6,7 @@ GPU ?=
 SCENARIO ?=
 NOTEBOOKS ?=
 ARGS ?=
+PORT ?= 8888
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +32,7 @@ help:
 	@echo "make notebooks  build notebooks/*.ipynb from notebooks/src/*.py"
 	@echo "make bundles    render docker/* from docker/templates"
 	@echo "make test-deploy   a bundle's nginx, Prometheus, Alertmanager and routers before emulators"
-	@echo "make lab        the notebooks in JupyterLab"
+	@echo "make lab        the notebooks in JupyterLab, opened at 00 (PORT=8888, or the next free one)"
 	@echo "make lock       resolve requirements/*.lock anew"
 
 $(BIN)/python:
@@ -116,7 +117,8 @@ test-deploy: $(VENV)/.dev .deploy/tools/.done
 	@$(BIN)/python -m pytest -m deploy -rs --durations=5 tests/deploy
 
 lab: $(VENV)/.notebooks
-	@$(BIN)/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --port $(PORT) --notebook-dir notebooks \
+	  --LabApp.default_url=/lab/tree/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 # Universal resolutions: the same lock serves Linux, macOS and Windows. No index address gets into them.
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --quiet --upgrade \
