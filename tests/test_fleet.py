@@ -17,7 +17,7 @@ from kit.fleet import Study, compare
 from kit.fleet.capacity import Kind, completed
 from kit.fleet.control import Fleet, Group
 from kit.fleet.day import FleetDay
-from kit.fleet.minutes import run_minutes
+from kit.fleet.minutes import Queue, fill, run_minutes
 from kit.fleet.study import MONTH_DAYS
 from kit.prices import GpuPrice
 from kit.scheduler import SchedulerConfig
@@ -115,6 +115,25 @@ def test_the_minute_model_keeps_every_turn(shape, resume, seed, turns):
     assert -1e-9 <= total["good"] <= total["completed"] + 1e-6
     assert min(total.values()) >= -1e-6
     assert total["lost"] == 0 or not resume
+
+
+def test_a_held_turn_delays_what_its_session_sends_next():
+    queue = Queue((np.array([10.0, 70.0]), np.zeros(2, int), np.zeros(2, int)), 7200)
+    assert queue.minute(0, np.inf, 0.5) == (1, 0, 0)  # no replica: came, not in time, not served
+    assert queue.minute(1, np.inf, 0.5) == (0, 0, 0)  # the second waits for the answer to the first
+    assert queue.minute(2, 130.0, 0.5) == (0, 0, 1)  # a replica, 120 s after the turn came
+    assert queue.minute(3, 180.0, 0.5) == (1, 1, 1)  # so the second comes at 190 s
+
+
+def test_a_replica_fills_by_what_it_cannot_end():
+    one = kind(rated=2.0)  # 2 s a turn, 4 turns per second at most
+    assert fill(one, 0.0, 1.0, 60) == (pytest.approx(2.0), pytest.approx(1.0))
+    held, met = fill(one, 0.0, 10.0, 60)
+    assert held == pytest.approx(60 * (10 - 4), rel=0.05)
+    assert met < 0.1
+    later, met = fill(one, held, 0.0, 60)
+    assert later == pytest.approx(held - 60 * 4, rel=0.05)
+    assert met == pytest.approx(0.0, abs=0.01)
 
 
 def test_losing_work_never_raises_attainment():
@@ -218,7 +237,8 @@ def scenario_of(**fleet):
 
 @pytest.fixture(scope="module")
 def result():
-    study = Study(scenario_of(gpu="l40s-48gb", sessions_per_day=2500), days=2, seed=1)
+    burst = {"at_s": 36_000, "sessions": 200, "over_s": 60}
+    study = Study(scenario_of(gpu="l40s-48gb", sessions_per_day=2500, bursts=[burst]), days=2, seed=1)
     return compare(study, "on-demand,spot,burst,scale-to-zero,tiered,per-token-api")
 
 
@@ -252,6 +272,21 @@ def test_rows_say_what_the_contract_asks(result):
     json.dumps(result, allow_nan=False)
 
 
+def test_the_interval_of_a_replica_goes_into_cost_and_attainment(result):
+    rows = result["policies"]
+    for name, row in rows.items():
+        low, high = row["usd_per_month_interval"]
+        assert low <= row["usd_per_month"] <= high
+        if name != "per-token-api":
+            worst, best = row["slo_attainment_interval"]
+            assert worst <= row["slo_attainment_fraction"] <= best
+    low, high = rows["on-demand"]["usd_per_month_interval"]
+    assert low < high
+    assert rows["per-token-api"]["slo_attainment_interval"] is None
+    slow, fast = result["capacity"]["mistral-nemo-2407 on l40s-48gb"]["turns_per_s_interval"]
+    assert slow < result["capacity"]["mistral-nemo-2407 on l40s-48gb"]["turns_per_s"] < fast
+
+
 def test_the_cheapest_policy_is_among_those_within_the_slo(result):
     rows = result["policies"]
     best = rows[result["cheapest_meeting_slo"]]
@@ -283,6 +318,8 @@ def test_an_slo_that_nothing_keeps_is_said_with_the_nearest_policy():
         ({"cooldown_s": -5}, "cooldown_s must be a number above 0, got -5"),
         ({"sessions_per_day": "many"}, "sessions_per_day must be a number above 0, got 'many'"),
         ({"interruption_model": "daily"}, "unknown interruption_model 'daily'"),
+        ({"sessions_per_day": float("inf")}, "sessions_per_day must be a number above 0, got inf"),
+        ({"bursts": [{"at": 5}]}, "burst {'at': 5} must have at_s and sessions"),
         ({"provider": "azur"}, "unknown provider 'azur'; nearest: azure"),
     ],
 )  # fmt: skip

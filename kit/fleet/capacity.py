@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +22,6 @@ RAMP_S = 600.0  # the load grows e-fold in this time: slow against a session
 FIRST_PER_S = 0.02  # sessions per second at its start
 BIN_TURNS = 250
 KV_FULL = 0.8  # of the pool at the heaviest load: then it is what ends a replica's capacity
-CHUNK_TOKENS = 2048
-PAUSES_S = (0.0, 1.0, 10.0, 100.0)  # between the sorts of turns: a session's first, then by the pause before it
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +47,11 @@ class Kind:
     def ends(self) -> tuple["Kind", "Kind"]:
         """It as slow and as fast as the 90 % interval leaves open."""
         return replace(self, **self.slower(self.factor)), replace(self, **self.slower(1 / self.factor))
+
+    @property
+    def target_interval(self) -> list[float] | None:
+        """Of target_per_s, 90 %; None where nothing asked for its ends."""
+        return [end.target_per_s for end in self.ends] if "ends" in vars(self) else None
 
     @cached_property
     def target_per_s(self) -> float:
@@ -94,15 +96,13 @@ def completed(sim: Simulation, slo: dict[str, float | None]) -> pd.DataFrame:
 
 
 def measure(
-    scheduler: SchedulerConfig,
-    step_time: StepTime,
-    workload: Workload,
-    slo: dict[str, Any],
-    sample: pd.DataFrame,
-    factor: float = 1.0,
-    ramp_s: float = RAMP_S,
-) -> dict[str, Any]:
-    """The curves of a Kind: sessions on a ramp until turns wait ten times the limit, steps `factor` times as long."""
+    scheduler: SchedulerConfig, step_time: StepTime, workload: Workload, slo: dict[str, Any], tokens: Floats,
+    factor: float = 1.0, ramp_s: float = RAMP_S,
+) -> dict[str, Any]:  # fmt: skip
+    """The curves of a Kind: sessions on a ramp until turns wait ten times the limit, steps `factor` times as long.
+
+    `tokens` that the turns of a sample hold: their work, where a full KV pool is what ends the capacity.
+    """
     scaled = SimpleNamespace(
         step_s=lambda *batch: factor * step_time.step_s(*batch),
         decode_line=lambda decodes: tuple(factor * part for part in step_time.decode_line(decodes)),
@@ -125,41 +125,19 @@ def measure(
     edges_s = np.append(60.0 * np.flatnonzero(np.diff(before // BIN_TURNS, prepend=-1)), stopped_s)
     span_s, count = np.diff(edges_s), np.histogram(arrivals, edges_s)[0]
     turn_s = np.clip(edges_s[:, None] - arrivals, 0, residence_s).sum(axis=1)  # spent in turns until then
-    bins = pd.DataFrame({
-        "turns": count,
-        "rate": count / span_s,
-        "done": np.histogram(turns.end_s, edges_s)[0] / span_s,
-        "held": np.diff(turn_s) / span_s,
-        "good": np.histogram(arrivals, edges_s, weights=turns.good.astype(float))[0] / count,
-    })  # fmt: skip
-    bins = bins[bins.rate > 0.9 * bins.rate.cummax()].sort_values("rate")  # not what an overload leaves behind
-    ramp_end = turns[turns.arrival_s > stopped_s - ramp_s]
-    tokens = float((ramp_end.input_len + ramp_end.output_len / 2).mean())
-    used = np.array(bins.held) * tokens / (scheduler.kv_blocks * scheduler.block_size)
+    rate, done, held = count / span_s, np.histogram(turns.end_s, edges_s)[0] / span_s, np.diff(turn_s) / span_s
+    good = np.histogram(arrivals, edges_s, weights=turns.good.astype(float))[0] / count
+    kept = np.flatnonzero(rate > 0.9 * np.maximum.accumulate(rate))  # not what an overload leaves behind
+    kept = kept[np.argsort(rate[kept])]
+    recent = turns[turns.arrival_s > stopped_s - ramp_s]
+    mean_tokens = float((recent.input_len + recent.output_len / 2).mean())
+    used = held[kept] * mean_tokens / (scheduler.kv_blocks * scheduler.block_size)
     return {
-        "turns_per_s": np.array(bins.rate),
-        "done_per_s": np.array(bins.done),
-        "attainment": isotonic_regression(bins.good, weights=bins.turns, increasing=False).x,
-        "in_flight": np.array(bins.held),
+        "turns_per_s": rate[kept],
+        "done_per_s": done[kept],
+        "attainment": isotonic_regression(good[kept], weights=count[kept], increasing=False).x,
+        "in_flight": held[kept],
         "kv_cache_usage": used.clip(max=1.0),
-        "e2el_s": float((bins.held / bins.rate).median()),
-        "work": _work(ramp_end, sample, used, max(1.0, float(bins.held.median())), scaled),
+        "e2el_s": float(np.median(held[kept] / rate[kept])),
+        "work": tokens / mean_tokens if used[-1] > KV_FULL else np.ones(len(tokens)),
     }
-
-
-def _work(ramp: pd.DataFrame, sample: pd.DataFrame, used: Floats, rows: float, step_time: Any) -> Floats:
-    """What each turn of a sample takes of a replica, over the mean turn of a ramp: of the KV pool where that ends it,
-    else of the engine's time, for a prompt as cached as those after such a pause and for its share of the batch."""
-    first = sample.input_len + sample.output_len / 2, ramp.input_len + ramp.output_len / 2
-    if used[-1] > KV_FULL:
-        return np.array(first[0] / first[1].mean())
-    sort = np.digitize(ramp.pause_s, PAUSES_S)
-    fresh = (1 - ramp.hit_tokens / ramp.input_len).groupby(sort).mean().reindex(range(len(PAUSES_S) + 1)).fillna(1.0)
-    base_s, per_token_s = step_time.decode_line(ceil(rows))
-    token_s = step_time.step_s([(CHUNK_TOKENS, 0)], 0, 0) / CHUNK_TOKENS
-
-    def spent_s(turns: pd.DataFrame, tokens: Any) -> Any:
-        uncached = turns.input_len * np.array(fresh)[np.digitize(turns.pause_s, PAUSES_S)]
-        return uncached * token_s + turns.output_len * (base_s / rows + per_token_s * tokens)
-
-    return np.array(spent_s(sample, first[0]) / spent_s(ramp, first[1]).mean())

@@ -98,10 +98,8 @@ class Fleet:
             need = max(need, sum(one.group.kind.rated_per_s for one in serving) * kv_usage / limit)
         staying = Counter(one.group for one in self.live if one.drain_s > now)
         need -= sum(other.kind.rated_per_s * count for other, count in staying.items() if other is not group)
-        have, wanted = (
-            staying[group],
-            int(min(group.ceiling, max(group.floor, ceil(need / group.kind.rated_per_s - 1e-9)))),
-        )
+        have, least = staying[group], max(group.floor, ceil(need / group.kind.rated_per_s - 1e-9))
+        wanted = int(min(group.ceiling, least))
         for sign, delay_s in ((1, self.settings.decision_delay_s), (-1, self.settings.cooldown_s)):
             if (wanted - have) * sign <= 0:
                 self._since.pop((group, sign), None)

@@ -19,11 +19,12 @@ class Queue:
     """Turns in the order of their minutes; one that is held or slow delays what its session sends after it."""
 
     def __init__(self, calls: Calls, end_s: float) -> None:
-        self.at_s, (self.who, self._like) = np.minimum(calls[0], end_s - 1), calls[1:]
-        self.held = self._taken = np.zeros(0, np.int64)  # turns without a replica, and those that got one last
+        self.at_s, (self.who, self.like) = np.minimum(calls[0], end_s - 1), calls[1:]
+        self.held = self.taken = np.zeros(0, np.int64)  # turns without a replica, and those that got one last
         sessions = int(self.who.max(initial=-1)) + 1
-        self._delay_s, self._held = np.zeros(sessions), np.zeros(sessions, bool)
-        self._later: dict[int, list[int]] = defaultdict(list)
+        self.delay_s, self._held = np.zeros(sessions), np.zeros(sessions, bool)
+        self._later: dict[int, list[int]] = defaultdict(list)  # by the minute in which they come
+        self._behind: list[int] = []  # turns of sessions whose last one is held
         self._edges = np.searchsorted(self.at_s, np.arange(ceil(end_s / TICK_S) + 1) * TICK_S)
 
     def minute(self, number: int, begin_s: float, limit_s: float) -> tuple[int, int, int]:
@@ -32,28 +33,22 @@ class Queue:
         Replicas take turns from begin_s on.
         """
         due, end_s = self._due(number), (number + 1) * TICK_S
-        self._taken = due
+        self.taken = due
         if begin_s <= number * TICK_S and not len(self.held):
             return len(due), len(due), len(due)
         due = self._put_off(due, number, np.sort(np.unique(self.who[due], return_index=True)[1]))
-        came_s = np.maximum(self.at_s[due] + self._delay_s[self.who[due]], number * TICK_S)
+        came_s = np.maximum(self.at_s[due] + self.delay_s[self.who[due]], number * TICK_S)
         queue, waited = np.append(self.held, due), begin_s - came_s
         self._held[self.who[queue]] = begin_s >= end_s
         if begin_s >= end_s:
-            self.held, self._taken = queue, queue[:0]
+            self.held, self.taken = queue, queue[:0]
             return len(due), 0, 0
         late = np.append(self.held, due[waited > 0])
-        self._delay_s[self.who[late]] = begin_s - self.at_s[late]
-        self._taken, self.held = queue, queue[:0]
+        self.delay_s[self.who[late]] = begin_s - self.at_s[late]
+        self.taken, self.held = queue, queue[:0]
+        self._put_off(np.array(self._behind, np.int64), number, queue[:0])
+        self._behind = []
         return len(due), int((waited <= limit_s).sum()), len(queue)
-
-    def work(self, kind: Kind) -> float:
-        """The turns that replicas got last, as many mean turns of that kind."""
-        return float(kind.work[self._like[self._taken]].sum())
-
-    def slow(self, seconds: float) -> None:
-        """The turns that replicas got last took so much longer than unloaded ones."""
-        self._delay_s[self.who[self._taken]] += seconds
 
     def _due(self, number: int) -> Indices:
         """The turns that come in that minute, but for those of sessions whose last one is held."""
@@ -61,14 +56,14 @@ class Queue:
         if number in self._later:
             due = np.append(np.array(self._later.pop(number), np.int64), due)
         who = self.who[due]
-        came_s = self.at_s[due] + self._delay_s[who]
+        came_s = self.at_s[due] + self.delay_s[who]
         return self._put_off(due, number, np.flatnonzero(~self._held[who] & (came_s < (number + 1) * TICK_S)))
 
     def _put_off(self, due: Indices, number: int, chosen: Indices) -> Indices:
-        """Those chosen; the others come when their delay says, at least a minute later."""
-        for turn in np.delete(due, chosen) if len(chosen) < len(due) else ():
-            came_s = self.at_s[turn] + self._delay_s[self.who[turn]]
-            self._later[max(number + 1, int(came_s // TICK_S))].append(int(turn))
+        """Those chosen; the others come as their delay says, a minute later at least, or after what is held."""
+        for turn in np.delete(due, chosen).tolist() if len(chosen) < len(due) else ():
+            minute = int((self.at_s[turn] + self.delay_s[self.who[turn]]) // TICK_S)
+            (self._behind if self._held[self.who[turn]] else self._later[max(number + 1, minute)]).append(turn)
         return due[chosen]
 
 
@@ -104,7 +99,8 @@ class Minutes:
         self.shares, before, self.flight = _shares(part, self.shares, self.kept), self.flight, {}
         met = cut = slow_s = 0.0
         for one, share in self.shares.items():
-            kind, load = one.group.kind, queue.work(one.group.kind) * share
+            kind = one.group.kind
+            load = share * float(kind.work[queue.like[queue.taken]].sum())  # in mean turns
             late = load * max(0, taken - came) / max(1, taken)  # was held, and comes at once
             held, meets = fill(kind, before.get(one, 0.0) + late, (load - late) / part[one], part[one])
             self.flight[one], met = held, met + meets * share
@@ -112,7 +108,7 @@ class Minutes:
             if one.end_s < end_s:  # what notice or draining was too short for
                 cut += held * max(0.0, 1 - (one.end_s - one.drain_s) / kind.e2el_s)
         if slow_s > 1:
-            queue.slow(slow_s)
+            queue.delay_s[queue.who[queue.taken]] += slow_s
         resume = self.fleet.settings.resume
         self.total["good"] += max(0.0, in_time * met - cut)
         self.total["resumed" if resume else "lost"] += cut

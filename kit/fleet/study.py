@@ -18,7 +18,7 @@ from kit.catalog import model as find_model
 from kit.catalog.paths import DATA, load_yaml
 from kit.errors import UserError, unknown
 from kit.fleet.capacity import RAMP_S, Kind, completed, measure
-from kit.fleet.control import TAIL_S, TICK_S, Fleet, Group
+from kit.fleet.control import TICK_S, Fleet, Group
 from kit.fleet.day import FleetDay
 from kit.fleet.minutes import run_minutes
 from kit.fleet.traffic import DAY_S, Tier, Traffic
@@ -54,8 +54,8 @@ class Study:
         self.slo: dict[str, float | None] = {"ttft_s": None, "tpot_s": None, **case.slo}
         self.settings, self.book = SimpleNamespace(**given), prices.own_prices(case.prices) + prices.book()
         self.traffic = Traffic(case, self.settings, days, seed)
-        edges = np.arange(0, days * DAY_S + TAIL_S + TICK_S, TICK_S)
-        self.turns_per_s = np.histogram(self.traffic.calls(0, days * DAY_S)[0], edges)[0] / TICK_S
+        minutes = (self.traffic.calls(0, days * DAY_S)[0] // TICK_S).astype(int)
+        self.turns_per_s = np.bincount(minutes, minlength=ceil(days * DAY_S / TICK_S)) / TICK_S
         self.peak_per_s, self.kinds = float(self.turns_per_s.max()), dict[tuple[str, str], Kind]()
 
     def kind(self, gpu_key: str, model_key: str) -> Kind:
@@ -72,7 +72,7 @@ class Study:
             limits = replace(limits, enable_prefix_caching=self.settings.prefix_caching)
             lead_s = start_up(held.memory.weights.size_bytes * count, self.settings.storage).total_s()
             factor = fitted(model, gpu, held.memory.config).tpot_factor
-            load = limits, steps, self.traffic.workload, self.slo, self.traffic.sample
+            load = limits, steps, self.traffic.workload, self.slo, self.traffic.tokens
             again = partial(measure, *load, ramp_s=RAMP_S / 3)
             self.kinds[key] = Kind(gpu, count, limits, steps, lead_s, **measure(*load), factor=factor, slower=again)
         return self.kinds[key]
@@ -111,9 +111,10 @@ class Study:
         """The machines for a share of the load: for its peak, its mean, or what repays a reservation."""
         made: list[Group] = []
         for one in self.policies[policy]["groups"]:
-            kind = self.kind(self.settings.burst_gpu or gpu if one.get("burst") else gpu, model)
+            key = self.settings.burst_gpu or gpu if one.get("burst") else gpu
+            price, kind = self.price(key, one["market"]), self.kind(key, model)  # refused before anything is simulated
             kind = kind if end is None else kind.ends[end]
-            price, rated = self.price(kind.gpu.key, one["market"]), kind.rated_per_s
+            rated = kind.rated_per_s
             loads = {"peak": share * self.peak_per_s, "mean": share * float(self.turns_per_s.mean())}
             loads["missing"] = loads["peak"] - sum(group.floor * group.kind.rated_per_s for group in made)
             most = {name: max(1, ceil(load / rated)) for name, load in loads.items()}
@@ -163,21 +164,16 @@ class Study:
             "usd_per_1k_conversations": usd / conversations * 1e3 if conversations else None,
             "usd_per_million_tokens": usd / tokens * 1e6 if tokens else None,
             "slo_attainment_fraction": total["good"] / total["planned"] if total["planned"] else None,
-            "interruptions": total["interruptions"],
-            "lost_turns": total["lost"],
-            "gpu_hours": dict(hours),
+            "interruptions": total["interruptions"], "lost_turns": total["lost"], "gpu_hours": dict(hours),
             "idle_fraction": max(0.0, 1 - total["completed"] / total["possible"]) if total["possible"] else None,
-            "turns": {name: float(total[name]) for name in counted},
-            "bill": bill,
-        }
+            "turns": {name: float(total[name]) for name in counted}, "bill": bill,
+        }  # fmt: skip
 
     def row(self, policy: str) -> dict[str, Any]:
         """A policy's figures; a month is checked against sampled days, spot shown under both interruption models."""
         record, settings, end_s, whole = self.policies[policy], self.settings, self.days * DAY_S, self.days <= 1
         if record.get("api"):
             return self._api()
-        for one in record["groups"][:1]:  # refused before anything is simulated
-            self.price(settings.tier_gpu if record.get("tiers") else self.gpu, one["market"])
         parts = self.parts(policy)
         groups = [group for part, _ in parts for group in part]
         chosen, spot = settings.interruption_model, any(group.market == "spot" for group in groups)
@@ -204,8 +200,7 @@ class Study:
             same = [([replace(one, kind=one.kind.ends[end]) for one in groups], tier) for groups, tier in parts]
             usd.append(self.run(self.parts(policy, end), *window, whole=False)["usd_per_month"])
             met.append(self.run(same, *window, whole=False)["slo_attainment_fraction"])
-        known = [one for one in met if one is not None]
-        attainment = (min(known), max(known)) if known else None
+        attainment = None if None in met else (min(met), max(met))
         return {"usd_per_month_interval": (min(usd), max(usd)), "slo_attainment_interval": attainment}
 
     def _lead(self, groups: Sequence[Group]) -> dict[str, Any]:
@@ -226,12 +221,11 @@ class Study:
         usd = price.input * (load.prompt_tokens - load.resent_tokens) + price.output * load.output_tokens
         usd = (usd + (price.cached or price.input) * load.resent_tokens) * len(load.starts_s) / 1e6
         bill = [{"gpu": "", "market": "per_token", "usd_per_gpu_hour": None, "gpu_hours": 0.0, "usd": usd}]
-        figures = self._figures(Counter(), bill, self.days * DAY_S) | {"gpu_hours": {}, "interruption_model": None}
-        exact = figures["usd_per_month"]
-        figures |= {"usd_per_month_interval": (exact, exact), "slo_attainment_interval": None}
-        figures |= {"lost_turns": None, "interruptions": None, "turns": None}
-        told = {"method": "quoted", "prices": [price.told(self.today)], "other_interruptions": {}, "checks": []}
-        return figures | told
+        figures = self._figures(Counter(), bill, self.days * DAY_S)
+        figures |= {"usd_per_month_interval": (figures["usd_per_month"],) * 2, "gpu_hours": {}}
+        unknowns = ("slo_attainment_interval", "interruption_model", "lost_turns", "interruptions", "turns")
+        figures |= dict.fromkeys(unknowns) | {"method": "quoted", "other_interruptions": {}, "checks": []}
+        return figures | {"prices": [price.told(self.today)]}
 
 
 def compare(study: Study, policies: str = "all") -> dict[str, Any]:
@@ -239,9 +233,8 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
     rows: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
     names = list(study.policies) if policies == "all" else policies.split(",")
-    for name in names:
-        if name not in study.policies:
-            raise unknown("policy", name, [*study.policies, "all"])
+    if wrong := [name for name in names if name not in study.policies]:
+        raise unknown("policy", wrong[0], [*study.policies, "all"])
     for name in names:
         try:
             rows[name] = study.row(name)
@@ -252,10 +245,7 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
     reached = {name: row["slo_attainment_fraction"] or 0.0 for name, row in rows.items()}
     meeting = [name for name, fraction in reached.items() if fraction >= PASSING_ATTAINMENT]
     capacity = {
-        f"{model} on {gpu}": {
-            "turns_per_s": one.target_per_s,
-            "turns_per_s_interval": [end.target_per_s for end in one.ends] if "ends" in vars(one) else None,
-        }
+        f"{model} on {gpu}": {"turns_per_s": one.target_per_s, "turns_per_s_interval": one.target_interval}
         for (gpu, model), one in study.kinds.items()
     }
     return {

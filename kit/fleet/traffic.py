@@ -6,7 +6,6 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from kit.fleet.minutes import Calls
 from kit.scenario import Scenario
@@ -32,17 +31,12 @@ class Traffic:
         self._tier, self._like = rng.random(len(starts)), rng.integers(SAMPLE, size=len(starts))
         draw = self.workload.session.draw
         self._sample = sample = [draw(np.random.default_rng([seed, 7, key]), key, 0.0) for key in range(SAMPLE)]
-        records = [
-            (length, turn.output_len, before.pause_after_s if number else -1.0, number)
-            for one in sample
-            for number, (length, before, turn) in enumerate(
-                zip(one.input_lens(), [one.turns[0], *one.turns[:-1]], one.turns, strict=True)
-            )
-        ]
-        self.sample = pd.DataFrame(records, columns=["input_len", "output_len", "pause_s", "turn"])
+        lengths = [(n, turn.output_len) for one in sample for n, turn in zip(one.input_lens(), one.turns, strict=True)]
+        self.tokens = np.array([prompt + answer / 2 for prompt, answer in lengths])  # held by a turn, on average
         self._turns = np.array([len(one.turns) for one in sample])
-        pauses = self.sample.pause_s.clip(lower=0.0)
-        self._paused_s = np.array(pauses.groupby((self.sample.turn == 0).cumsum()).cumsum())  # before a turn
+        self._number = np.concatenate([np.arange(count) for count in self._turns])  # of a turn in its session
+        pauses_s = ([0.0, *(turn.pause_after_s for turn in one.turns[:-1])] for one in sample)
+        self._paused_s = np.concatenate([np.cumsum(one) for one in pauses_s])  # before a turn
         self.stay_s = float(self._paused_s.mean())  # age of a session at a turn
         self.prompt_tokens = float(np.mean([sum(one.input_lens()) for one in sample]))  # of one session
         self.output_tokens = float(np.mean([sum(turn.output_len for turn in one.turns) for one in sample]))
@@ -50,9 +44,8 @@ class Traffic:
         self.resent_tokens = self.prompt_tokens - float(np.mean(new))
 
     def _keys(self, first_s: float, last_s: float, tier: Tier) -> list[int]:
-        at, share = self.starts_s, self._tier
-        inside = (at >= first_s) & (at < last_s) & (share >= tier[0]) & (share < tier[1])
-        return [int(key) for key in np.flatnonzero(inside)]
+        inside = (self.starts_s >= first_s) & (self.starts_s < last_s)
+        return [int(key) for key in np.flatnonzero(inside & (self._tier >= tier[0]) & (self._tier < tier[1]))]
 
     def sessions(self, first_s: float, last_s: float, tier: Tier = (0, 1)) -> list[Session]:
         """The sessions that start in that window, their clock from its beginning."""
@@ -68,6 +61,6 @@ class Traffic:
         who = np.repeat(np.arange(len(keys)), turns)
         first = (np.cumsum(self._turns) - self._turns)[self._like[keys]] - (np.cumsum(turns) - turns)
         like = first[who] + np.arange(len(who))
-        at_s = (self.starts_s[keys] - first_s)[who] + self._paused_s[like] + turn_s * np.array(self.sample.turn)[like]
+        at_s = (self.starts_s[keys] - first_s)[who] + self._paused_s[like] + turn_s * self._number[like]
         order = np.argsort(at_s, kind="stable")
         return at_s[order], who[order], like[order]
