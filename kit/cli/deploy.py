@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,8 @@ def _text(out: Path, record: dict[str, Any]) -> str:
             f"{pool['replicas']} x {pool['engine']} {pool['engine_version']}, {pool['gpu_count']} x {pool['gpu']} each"
         )
         lines.append(f"  {name}: {what}, {pool['model']} ({pool['provenance']})")
+    if sha256((out / "values.yaml").read_bytes()).hexdigest() != record["values_sha256"]:
+        lines.append("  values.yaml is yours and was kept")
     lines += [f"  note: {line}" for line in record["warnings"]]
     return "\n".join([*lines, f"  next: {out}/README.md; change {out}/values.yaml and render again"]) + "\n"
 

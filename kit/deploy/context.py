@@ -38,7 +38,7 @@ def context(case: Scenario, architecture: str, target: str, values: Mapping[str,
     made |= {name: path.read_text(encoding="utf-8") for name, path in included.items()}
     made |= _edge(values["edge"], pools, architecture)
     made["warnings"] = _warnings(case, architecture, target, pools)
-    return made | {"watch": _watch(case, target, pools)}
+    return made | {"watch": _watch(case, target, made)}
 
 
 def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str, Any]:
@@ -147,8 +147,9 @@ def _warnings(case: Scenario, architecture: str, target: str, pools: Pools) -> l
     return told
 
 
-def _watch(case: Scenario, target: str, pools: Pools) -> dict[str, Any]:
+def _watch(case: Scenario, target: str, made: Mapping[str, Any]) -> dict[str, Any]:
     """Who is scraped, and the limits that alerts compare with."""
+    pools: Pools = made["pools"]
     targets: dict[str, list[dict[str, str]]] = {"engine": [], "gpu": []}
     targets["edge"] = [{"address": f"edge-exporter:{EXPORTER_PORT}", "tier": "warm", "gpu": "none"}]
     for pool in pools:
@@ -160,9 +161,10 @@ def _watch(case: Scenario, target: str, pools: Pools) -> dict[str, Any]:
                 targets["gpu"].append({"address": f"{host}:{GPU_PORT}", **label})
     usd = {one["tier"]: one["price"] for one in pools if one["price"]}
     slo = {name: case.slo.get(name) or 1e9 for name in ("ttft_s", "tpot_s")}
-    gpus = sum(pool["replicas"] * pool["gpu_count"] for pool in pools)
+    gpus = sum(pool["replicas"] * pool["gpu_count"] for pool in pools if pool["tier"] == "warm")
+    router = {"address": "router:29000", "circuit": "vllm_router_cb_state"}  # it is vllm-router's own
     engine, start_s = pools[0], max(pool["start_s"][1] for pool in pools)
     return watch.context(
         engine["engine"], engine["engine_version"], targets, slo, gpus=gpus, start_s=start_s, usd_per_hour=usd,
-        kubernetes=target == "kubernetes",
+        kubernetes=target == "kubernetes", router=router if made["edge"]["upstream"] == "router" else None,
     )  # fmt: skip

@@ -7,7 +7,7 @@ RUN=${EDGE_RUN:-/run/edge}
 SECRETS=${EDGE_SECRETS:-/run/secrets}
 export EDGE_CONF="$CONF" EDGE_RUN="$RUN"
 umask 077
-mkdir -p "$RUN/tmp" "$RUN/state"
+mkdir -p "$RUN/state"
 cp "$CONF"/*.conf "$RUN/"
 [ ! -f "$SECRETS/tls.crt" ] || cp "$SECRETS/tls.crt" "$SECRETS/tls.key" "$RUN/"
 
