@@ -35,6 +35,7 @@ class Stage:
     base_url: str = ""
     key: str = ""
     parts: dict[str, Engine] = field(default_factory=dict)
+    ports: dict[str, int] = field(default_factory=dict)  # of the edge here, by those of its configuration
 
     def reload(self) -> None:
         """Let nginx read its configuration again; raises CalledProcessError where it does not load."""
@@ -122,13 +123,13 @@ def listens(bundle: Path) -> list[str]:
 
 def _edge(made: Stage, bundle: Path, addresses: dict[str, str]) -> None:
     conf, run, keys = (made.folder / name for name in ("edge-conf", "edge", "secrets"))
-    ports = {port: free_port() for port in listens(bundle)}
-    edge_files(bundle, conf, addresses, ports)
+    made.ports = {port: free_port() for port in listens(bundle)}
+    edge_files(bundle, conf, addresses, made.ports)
     keys.mkdir(mode=0o700, parents=True, exist_ok=True)
     made.key = secrets.token_hex(32)
     (keys / "api_keys").write_text(f"stage {made.key}\n", encoding="utf-8")
     places = {"EDGE_CONF": str(conf), "EDGE_RUN": str(run), "EDGE_SECRETS": str(keys)}
-    public, status, *_ = ports.values()
+    public, status, *_ = made.ports.values()
     made.parts["edge"] = _part("edge", ["sh", str(conf / "start.sh")], places, public, "/health", made.folder)
     made.base_url = made.parts["edge"].launch.base_url
     if shutil.which(PROGRAMS["exporter"]):
