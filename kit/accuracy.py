@@ -28,8 +28,8 @@ def left_out(engine: str) -> list[Row]:
     """Median errors and 90 % factors of published runs that the fit did not see, by how much data was near them."""
     data = json.loads((DATA / "coefficients" / f"{engine}.json").read_text(encoding="utf-8"))
     return [
-        {"engine": engine, "data near the case": basis, "runs": error["tpot_rows"]}
-        | {"TPOT off by": f"{error['tpot']:.1%}", "TTFT off by": f"{error['ttft']:.1%}"}
+        {"engine": engine, "data near it": basis, "runs": error["tpot_rows"]}
+        | {"TPOT off": f"{error['tpot']:.1%}", "TTFT off": f"{error['ttft']:.1%}"}
         | {f"{name.upper()} 90 % x/÷": data["factor_90"][basis][name] for name in ("tpot", "ttft")}
         for basis, error in data["median_error_left_out"].items()
     ]

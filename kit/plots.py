@@ -297,7 +297,8 @@ def spans(
     ax.grid(axis="y", visible=False)
     if len(groups) > 1:
         colours = [Patch(color=f"C{index}") for index in range(len(groups))]
-        ax.legend(colours, groups, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=len(groups))
+        below = -0.8 / plt.gcf().get_figheight()
+        ax.legend(colours, groups, loc="upper center", bbox_to_anchor=(0.45, below), ncols=len(groups))
     _headline(ax, finding, under)
     return ax
 

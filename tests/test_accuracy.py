@@ -20,7 +20,7 @@ def test_every_published_run_is_answered() -> None:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
 def test_less_data_means_no_narrower_an_interval(engine: str) -> None:
-    rows = {row["data near the case"]: row for row in accuracy.left_out(engine)}
+    rows = {row["data near it"]: row for row in accuracy.left_out(engine)}
     assert rows["measured"]["TPOT 90 % x/÷"] <= rows["transfer"]["TPOT 90 % x/÷"] <= rows["new"]["TPOT 90 % x/÷"]
 
 
