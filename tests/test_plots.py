@@ -158,6 +158,18 @@ def test_no_level_within_the_limit(ax):
     assert "No level with p90 TTFT within 0.5 s" in said(ax)
 
 
+def test_spans_have_a_bar_and_a_whisker_each(ax):
+    rows = [
+        {"label": label, "group": group, "start": 0, "end": end, "interval": [end / 2, 2 * end], "text": f"{end} ms"}
+        for label, group, end in (("queue", "alone", 1), ("queue", "loaded", 8), ("prefill", "loaded", 3))
+    ]
+    plots.spans(rows, "finding", "under", limit=(5, "limit"))
+    assert [bar.get_width() for bar in ax.patches] == [1, 8, 3]
+    assert [line.get_xdata()[1] for line in ax.lines[:3]] == [2, 16, 6]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["queue", "prefill"]
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"alone", "loaded"}
+
+
 def test_goodput_by_limit():
     def level(kind: str, most: int, concurrency: int | None, rate: float, p95: float | None) -> dict:
         told = {"kind": kind, "max_num_seqs": most, "concurrency": concurrency, "goodput_requests_per_s": rate}

@@ -41,7 +41,8 @@ class Clock:
         ready = arrival + self.request_s(call.input_len, at_once)
         call.times = [arrival, ready]  # then: first and latest token
         heappush(self.coming, (ready, next(self.order), call))
-        self._queue(arrival)
+        if self.coming[0][2] is call:
+            self._queue(arrival)
         return None
 
     def _queue(self, now: float) -> None:
