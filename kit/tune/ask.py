@@ -28,7 +28,6 @@ from kit.workload import Workload, load
 from kit.workload.arrivals import Burst
 
 DURATION_S = 60.0  # of an open-loop level
-LOADED = 0.8  # of what closed loops carried, where no number of sessions is given
 IN_A_BURST = 0.1  # of these sessions come at once beside them
 DRAWN = 400  # sessions, for their mean turns
 TRIED = (1, 4, 16, 64, 256)
@@ -52,6 +51,7 @@ class Question:
     sessions: int | None = None  # expected in duration_s; None: what is predicted to fit
     duration_s: float | None = None
     burst: int | None = None
+    loaded: float = 0.8  # of what closed loops carried, where no number of sessions is given
 
     def goal(self) -> Goal:
         """The limits of a turn."""
@@ -72,11 +72,11 @@ class Question:
             at_once = workload.arrivals.model_copy(update={"at_s": 0.0})
             return Offer(workload.model_copy(update={"arrivals": at_once}), duration_s, self.sessions, self.burst)
         closed = [one for one in levels if one.kind == "closed"]
-        sessions = self.sessions or (carried(workload, duration_s, closed) if closed else None)
+        sessions = self.sessions or (carried(workload, duration_s, closed, self.loaded) if closed else None)
         return Offer(workload, duration_s, sessions, self.burst or max(1, round(IN_A_BURST * (sessions or 0))))
 
 
-def carried(workload: Workload, duration_s: float, levels: Sequence[Level]) -> int:
+def carried(workload: Workload, duration_s: float, levels: Sequence[Level], share: float) -> int:
     """Sessions that start within the duration and whose turns are a share of what the best level did in time."""
     best = max(levels, key=lambda one: one.goodput_requests_per_s)
     turn_s = (best.concurrency or 1) / best.requests_per_s
@@ -85,7 +85,7 @@ def carried(workload: Workload, duration_s: float, levels: Sequence[Level]) -> i
     ends = [np.cumsum([turn_s + turn.pause_after_s for turn in one.turns]) for one in drawn]
     left_s = rng.uniform(0, duration_s, DRAWN)
     turns = np.mean([1 + np.searchsorted(end[:-1], left) for end, left in zip(ends, left_s, strict=True)])
-    return max(1, round(LOADED * best.goodput_requests_per_s * duration_s / float(turns)))
+    return max(1, round(share * best.goodput_requests_per_s * duration_s / float(turns)))
 
 
 def predicted(question: Question) -> int | None:

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kit import cli
+from kit import cli, workload
 from kit.engine_config import EngineConfig
-from kit.tune.ask import Question, own_flags
+from kit.errors import UserError
+from kit.tune.ask import How, Question, answer, carried, own_flags
 
 KIT = [sys.executable, "-c", "from kit.cli import main; main()", "tune"]
 ASKED = ["--model", "qwen3-0.6b", "--gpu", "h100-sxm-80gb", "--slo-ttft-s", "0.5", "--slo-tpot-s", "0.05", "--json"]
@@ -130,6 +133,34 @@ def test_mistakes_are_one_line(options, told, quick, tmp_path, monkeypatch, caps
     assert (stop.value.code, out) == (2, "")
     assert err.startswith("kit: ")
     assert told in err.splitlines()[-1]
+
+
+def test_a_recorded_tuning_is_read_without_a_machine(tmp_path):
+    question = Question(
+        "qwen3-0.6b", "h100-sxm-80gb", EngineConfig(max_num_batched_tokens=32), "voice", "simulate", "", 3
+    )
+    result = answer(replace(question, duration_s=20.0), tmp_path, How())
+    read = answer(Question(question.model, question.gpu, question.config, "voice", "recorded"), tmp_path, How())
+    assert (read.recommended, read.evidence) == (result.recommended, result.evidence)
+    text = (tmp_path / "tuning.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tuning.jsonl").write_text("".join(text[:4]))
+    with pytest.raises(UserError, match="its tuning is not complete"):
+        answer(replace(question, way="recorded"), tmp_path, How())
+
+
+def test_the_load_is_a_share_of_what_closed_loops_carried():
+    def level(concurrency: int, rate: float) -> SimpleNamespace:
+        told = {"kind": "closed", "concurrency": concurrency, "requests_per_s": rate, "goodput_requests_per_s": rate}
+        return SimpleNamespace(**told)
+
+    single = workload.load("burst-10000")  # of one turn: a session is a turn
+    assert carried(single, 60.0, [level(1, 2.0), level(8, 10.0)], 0.8) == 480
+    turns = workload.load("coding-agent")  # pauses of seconds to minutes: few turns of a session fall into a minute
+    assert 480 / 20 < carried(turns, 60.0, [level(8, 10.0)], 0.8) < 480 / 1.5
+    question = Question("qwen3-0.6b", "h100-sxm-80gb", EngineConfig(), "silent-hour-then-500", "simulate")
+    offer = question.offer([])
+    assert len(offer.arriving(1)) == 500  # without the hour before
+    assert offer.arriving(1)[0].arrival_s == 0
 
 
 def test_the_users_own_flags_go_along():

@@ -3,6 +3,7 @@
 import http.server
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def test_what_was_measured_is_not_sent_again(machine: Server):
 
 
 @contextmanager
-def serving(port: int, limit: int, model: str = "tiny") -> Iterator[None]:
+def serving(port: int, limit: int | None, model: str = "tiny") -> Iterator[None]:
     """Stands in for a server that somebody starts: a model and a limit, and nothing to measure."""
 
     class Page(http.server.BaseHTTPRequestHandler):
@@ -128,6 +129,23 @@ def test_nobody_to_ask_ends_the_waiting(target: Target, capsys):
         with pytest.raises(NotRestarted, match="not restarted with --max-num-seqs 64"):
             begun(by_hand, 64)
     assert "measured as it is" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
+def test_enter_says_that_it_runs_with_the_flags(target: Target, monkeypatch, capsys):
+    keyboard, terminal = os.openpty()
+    monkeypatch.setattr("sys.stdin", os.fdopen(terminal))
+    answers: list[Target] = []
+    with serving(target.address[1], None):  # it does not tell its limit
+        waiting = threading.Thread(target=lambda: answers.append(begun(ByHand(target, "vllm", {}, ask=True), 64)))
+        waiting.start()
+        while "(Enter: " not in capsys.readouterr().err:
+            pass
+        waiting.join(0.5)  # longer than without a terminal
+        assert answers == []
+        os.write(keyboard, b"\n")
+        waiting.join()
+    assert answers == [target]
 
 
 def test_another_model_is_refused(target: Target):
