@@ -22,7 +22,7 @@ REASONS = {
     "kv_cache": "the KV pool holds no more turns at once, fewer let turns wait",
     "load": "every value tried serves this load alike; the closed loops' limit protects the engine from more",
 }
-FLAT, FEW = 0.01, 2  # goodputs this near are one, or within so many turns
+FLAT, FEW = 0.01, 1.5  # goodputs this near are one, or within so many turns
 NEAR = 0.9  # of the best goodput: worth a start to know better
 MOST_LEVELS = 11  # open loops of the search
 FINEST, BRACKET = 1.1, 1.44  # ratio of values that are not told apart; of the closed loops around the limit
@@ -235,7 +235,7 @@ def rate(levels: Sequence[Level]) -> float:
 
 
 def alike(caps: Mapping[int, Level]) -> list[int]:
-    """The values with the highest goodput, ascending; a turn or two make no difference."""
+    """The values with the highest goodput, ascending; one turn makes no difference."""
     best = max(caps.values(), key=lambda one: one.goodput_requests_per_s)
     least = min((1 - FLAT) * best.goodput_requests_per_s, best.goodput_requests_per_s - FEW / best.duration_s)
     return sorted(n for n, one in caps.items() if one.goodput_requests_per_s >= least)
@@ -257,9 +257,7 @@ def choose(caps: Mapping[int, Level], begin: int) -> int:
     On that side goodput falls steeply, and another hour's load needs a few more.
     """
     best, (lowest, *above) = nearest(caps, begin), alike(caps)
-    if best > lowest or not above or flat(caps):
-        return best
-    return min(above[0], round(sqrt(2) * best))
+    return best if best > lowest or not above else min(above[0], round(sqrt(2) * best))
 
 
 def gaps(caps: Mapping[int, Level], begin: int) -> list[tuple[int, float]]:

@@ -159,7 +159,7 @@ def test_of_values_alike_the_one_by_the_limit_and_never_the_lowest_step() -> Non
     peak = curve({16: 4.0, 32: 5.0, 64: 4.0})
     assert choose(peak, begin=16) == 32
     flat = curve({16: 5.0, 32: 5.0, 256: 5.0})
-    assert choose(flat, begin=16) == 16
+    assert choose(flat, begin=16) == 23
 
 
 def test_what_decides() -> None:
