@@ -77,12 +77,13 @@ class Answer:
 
 
 def ask(
-    made: Stage, session: str = "", tokens: int = 8, stream: bool = True, key: str | None = None, text: str = "Hi"
-) -> Answer:
+    made: Stage, session: str = "", tokens: int = 8, stream: bool = True, key: str | None = None, text: str = "Hi",
+    model: str = MODEL,
+) -> Answer:  # fmt: skip
     """One chat request through the edge, read as it comes."""
     answer = Answer()
     body = {
-        "model": MODEL,
+        "model": model,
         "max_tokens": tokens,
         "stream": stream,
         "ignore_eos": True,
