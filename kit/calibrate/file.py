@@ -13,7 +13,7 @@ from kit.steptime import Fitted
 
 # Flags that change what a step costs; the others are limits, which the simulator takes as they are.
 DECISIVE = (
-    "engine", "engine_version", "tensor_parallel_size", "pipeline_parallel_size", "quantization", "kv_cache_dtype",
+    "engine_version", "tensor_parallel_size", "pipeline_parallel_size", "quantization", "kv_cache_dtype",
     "enforce_eager",
 )  # fmt: skip
 SAYS = {
@@ -53,21 +53,22 @@ class Calibration:
 
         Raises UserError for another model, GPU or engine, or a flag that changes what a step costs.
         """
-        for name, ours, asked in (("--model", self.model, model.key), ("--gpu", self.gpu, gpu.key)):
-            if ours != asked:
-                raise UserError(f"--calibration is of {name} {ours}, not {asked}")
         own = EngineConfig(**self.config)
-        if config.engine != own.engine:
-            raise UserError(f"--calibration is of --engine {own.engine}, not {config.engine}")
+        asked = {"model": model.key, "gpu": gpu.key, "engine": config.engine}
+        _same({"model": self.model, "gpu": self.gpu, "engine": own.engine}, asked)
         filled = replace(own, **{name: value for name, value in asdict(config).items() if value != UNSET[name]})
         theirs, wanted = (resolve(one, model, gpu) for one in (own, filled))
-        for name in DECISIVE:
-            if getattr(theirs, name) != getattr(wanted, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--calibration is of {flag} {getattr(theirs, name)}, not {getattr(wanted, name)}")
+        _same(*({name: getattr(one, name) for name in DECISIVE} for one in (theirs, wanted)))
         basis = Fitted(self.coefficients, "calibrated", self.ttft_factor_90, self.tpot_factor_90, 0.0,
                        (self.told()["provenance"],), self.kv_cache_factor)  # fmt: skip
         return filled, basis
+
+
+def _same(ours: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuses what was asked for and is not what the calibration has."""
+    for name, value in ours.items():
+        if value != asked[name]:
+            raise UserError(f"--calibration is of --{name.replace('_', '-')} {value}, not {asked[name]}")
 
 
 UNSET = asdict(EngineConfig())

@@ -125,11 +125,9 @@ class Fit:
         errors, slopes = self.errors(roots)
         influence = np.einsum("ij,ji->i", slopes, np.linalg.pinv(slopes))
         alone = np.abs(errors / np.maximum(1 - influence, 0.05))[: len(self.rows)] * self.sigma
-        told = {}
-        for quantity in NOISE:
-            ranked = np.sort([error for error, row in zip(alone, self.rows, strict=True) if row.quantity == quantity])
-            told[quantity] = float(np.exp(ranked[min(len(ranked), int(np.ceil((len(ranked) + 1) * COVERAGE))) - 1]))
-        return told
+        ranked = {name: np.sort(alone[[row.quantity == name for row in self.rows]]) for name in NOISE}
+        rank = {name: min(len(some), int(np.ceil((len(some) + 1) * COVERAGE))) for name, some in ranked.items()}
+        return {name: float(np.exp(some[rank[name] - 1])) for name, some in ranked.items()}
 
     def table(self, roots: Floats) -> list[dict[str, Any]]:
         """What each probe said, before and after, in s."""

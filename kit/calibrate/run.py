@@ -48,7 +48,7 @@ def calibrate(
     of: dict[str, Any] = {"model": model.key, "gpu": gpu.key, "config": asdict(config)}
     prior = fitted(model, gpu, resolved).coefficients
     steps = StepTime(work(model, gpu, resolved), OWN | dict(prior))
-    probes = _probe(server, limits, steps, budget_s, _Kept(out, {**of, "budget_s": budget_s}, log), log)
+    probes = _probe(server, limits, steps, budget_s, *_kept(out, {**of, "budget_s": budget_s}, log), log)
     fit = Fit(steps.work, prior, limits, probes)
     roots = fit.solve()
     factors, on = fit.factors_90(roots), "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
@@ -70,37 +70,29 @@ def check_out(out: Path | None, budget_s: float) -> None:
         raise UserError(f"--out {out}: " + ("is a folder" if out.is_dir() else f"there is no folder {out.parent}"))
 
 
-class _Kept:
-    """The probes beside the calibration's file, a JSON line each; those of an interrupted start are taken over."""
-
-    def __init__(self, out: Path | None, asked: dict[str, Any], log: Log) -> None:
-        self.path, self.done, held = out and out.with_name(f"{out.name}.probes.jsonl"), dict[str, Measured](), []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else ():
-            with suppress(ValueError):  # the last one may have been cut off
-                held.append(json.loads(line))
-        if out is None or self.path is None:
-            return
-        if held[:1] == [asked] and not out.exists():
-            self.done = {one["name"]: Measured(**one) for one in held[1:]}
-            log(f"{len(self.done)} probes were measured before: {self.path}\n")
-        elif held:
-            self.path.rename(out.with_name(f"{out.name}.probes.until-{time.time_ns()}.jsonl"))
-        kept = [asked, *map(asdict, self.done.values())]
-        self.path.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
-
-    def add(self, probe: Measured) -> None:
-        """Keep one more."""
-        self.done[probe.name] = probe
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(probe)) + "\n")
+def _kept(out: Path | None, asked: dict[str, Any], log: Log) -> tuple[Path | None, list[Measured]]:
+    """The file of probes beside the calibration's, a JSON line each, and those of an interrupted start in it."""
+    if out is None:
+        return None, []
+    path, held = out.with_name(f"{out.name}.probes.jsonl"), list[Any]()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the last one may have been cut off
+            held.append(json.loads(line))
+    goes_on = held[:1] == [asked] and not out.exists()
+    if held and not goes_on:
+        path.rename(out.with_name(f"{out.name}.probes.until-{time.time_ns()}.jsonl"))
+    held = held if goes_on else [asked]
+    path.write_text("".join(json.dumps(one) + "\n" for one in held), encoding="utf-8")
+    log(f"{len(held) - 1} probes were measured before: {path}\n" if goes_on else "")
+    return path, [Measured(**one) for one in held[1:]]
 
 
 def _probe(
-    server: Server, limits: SchedulerConfig, steps: StepTime, budget_s: float, kept: _Kept, log: Log
-) -> list[Measured]:
+    server: Server, limits: SchedulerConfig, steps: StepTime, budget_s: float, path: Path | None, kept: list[Measured],
+    log: Log,
+) -> list[Measured]:  # fmt: skip
     """Every probe, measured now or kept from before; the ladder ends where more streams give no more tokens."""
-    slower, best = 1.0, 0.0  # than the prior; tokens per s of the last rung
+    probes, slower, best = list[Measured](), 1.0, 0.0  # slower than the prior; tokens per s of the last rung
 
     def cost_s(streams: int, prompt: int, output: int) -> float:
         each = [Session(key, 0.0, [Turn(prompt, output)]) for key in range(streams)]
@@ -110,14 +102,18 @@ def _probe(
         rung = level.name.startswith("streams")
         if rung and best < 0:
             continue
-        if level.name not in kept.done:
+        one = next((one for one in kept if one.name == level.name), None)
+        if one is None:
             log(f"probe {level.name}: {len(level.sessions)} sessions\n")
-            kept.add(server.measure(level))
-        one = kept.done[level.name]
+            one = server.measure(level)
+            if path is not None:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(one)) + "\n")
+        probes.append(one)
         if one.told["verdict"] != "VALID" or one.told.get("failures"):
             log(f"probe {one.name}: {'; '.join(one.told['verdict_reasons'])} failed: {one.told['failures']}\n")
         for quantity, (seen, _) in play(one, one.chains(), limits, steps).items():
             slower = max(slower, float((one.frame[quantity] / seen).fillna(1.0).median()))
         rate = sum(one.rows["output_tokens"]) / one.duration_s
         best = best if not rung else rate if rate > SATURATED * best else -1.0
-    return list(kept.done.values())
+    return probes

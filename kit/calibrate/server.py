@@ -30,21 +30,11 @@ ASK_TIMEOUT_S = 10.0
 RECORDED = ("session", "turn", "input_len", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens")
 
 
-class Server:
-    """What calibrate asks of one; None where it does not tell."""
-
-    kind = "virtual"  # or live, or emulator
-    engine: str | None = None
-    max_model_len: int | None = None
-    kv_cache_tokens: float | None = None
-
-    def measure(self, level: Level) -> Measured:
-        """The probe as it went."""
-        raise NotImplementedError
-
-
-class LiveServer(Server):
+class LiveServer:
     """A server over HTTP; raises UserError where it cannot be reached or serves another model."""
+
+    engine: str | None = None  # these two, where its metrics page tells
+    kv_cache_tokens: float | None = None
 
     def __init__(self, target: Target, model: ModelSpec, log: Callable[[str], object] = sys.stderr.write) -> None:
         cards = json.loads(_get(target, "/v1/models")).get("data", [])
@@ -76,8 +66,10 @@ class LiveServer(Server):
         return Measured(level.name, level.slots, rows, summary["duration_s"], told)
 
 
-class VirtualServer(Server):
+class VirtualServer:
     """A machine in virtual time: scheduler limits and step times, such as `kit.emulator.hide` draws."""
+
+    kind, engine = "virtual", None
 
     def __init__(self, limits: SchedulerConfig, step_time: StepTime, turnaround_s: float = 0.0005) -> None:
         self.limits, self.step_time, self.turnaround_s = limits, step_time, turnaround_s
@@ -88,19 +80,14 @@ class VirtualServer(Server):
         config = SimulationConfig(self.limits, request_s=getattr(self.step_time, "request_s", None))
         sim = _Stopping(config, self.step_time)
         sim.stop = (level.duration_s or np.inf) * TICKS_PER_S
-        table = np.sort(columns(sim.run(self._played(level))), order=["arrival_s", "key"])
+        turns = [replace(one.turns[0], pause_after_s=self.turnaround_s, compact_to=0) for one in level.sessions]
+        slots = [Session(slot, 0.0, turns[slot :: level.slots]) for slot in range(level.slots or 0) if turns[slot:]]
+        table = np.sort(columns(sim.run(slots or level.sessions)), order=["arrival_s", "key"])
         if level.slots:  # each request is a session of its own
             table["key"], table["turn"] = np.arange(len(table)), 0
         names = ("key", "turn", "input_len", "arrival_s", "first_s", "end_s", "input_len", "output_len")
         rows = {ours: table[theirs].tolist() for ours, theirs in zip(COLUMNS, names, strict=True)}
         return Measured(level.name, level.slots, rows, float(table["end_s"].max()), {"verdict": "VALID"})
-
-    def _played(self, level: Level) -> list[Session]:
-        """Slots as sessions that start anew with each turn."""
-        if not level.slots:
-            return level.sessions
-        turns = [replace(one.turns[0], pause_after_s=self.turnaround_s, compact_to=0) for one in level.sessions]
-        return [Session(slot, 0.0, turns[slot :: level.slots]) for slot in range(level.slots) if turns[slot:]]
 
 
 class _Stopping(Simulation):
@@ -111,6 +98,9 @@ class _Stopping(Simulation):
     def _arrive(self, state: SessionState, tick: int) -> None:
         if tick < self.stop:
             super()._arrive(state, tick)
+
+
+Server = LiveServer | VirtualServer
 
 
 def _get(target: Target, path: str) -> Any:
