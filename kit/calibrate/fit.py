@@ -121,13 +121,16 @@ class Fit:
         return best[1]
 
     def factors_90(self, roots: Floats) -> dict[str, float]:
-        """x/÷ factors that hold 90 % of each quantity's errors, had the fit not seen them (from their influence)."""
+        """x/÷ factors that hold 90 % of each quantity's errors, had the fit not seen them (from their influence).
+
+        They are no narrower than the noise of a figure: other loads err where no probe was.
+        """
         errors, slopes = self.errors(roots)
         influence = np.einsum("ij,ji->i", slopes, np.linalg.pinv(slopes))
         alone = np.abs(errors / np.maximum(1 - influence, 0.05))[: len(self.rows)] * self.sigma
         ranked = {name: np.sort(alone[[row.quantity == name for row in self.rows]]) for name in NOISE}
         rank = {name: min(len(some), int(np.ceil((len(some) + 1) * COVERAGE))) for name, some in ranked.items()}
-        return {name: float(np.exp(some[rank[name] - 1])) for name, some in ranked.items()}
+        return {name: float(np.exp(max(NOISE[name][0], some[rank[name] - 1]))) for name, some in ranked.items()}
 
     def table(self, roots: Floats) -> list[dict[str, Any]]:
         """What each probe said, before and after, in s."""
