@@ -24,7 +24,7 @@ MODEL_CALLS = b"/chat/completions", b"/completions"
 OWN = {b"connection", b"keep-alive", b"host", b"content-length", b"transfer-encoding", b"accept-encoding", b"expect",
        SESSION, PARENT}  # fmt: skip
 ASK_USAGE = b'{"stream_options":{"include_usage":true},'
-STREAMS = re.compile(rb'"stream"\s*:\s*true')
+STREAMS, OPTIONS = re.compile(rb'"stream"\s*:\s*true'), re.compile(rb'"stream_options"')
 # The event that tells usage alone, which a client that did not ask for it shall not see.
 USAGE_EVENT = re.compile(rb'data: ?\{(?=[^\n]*"choices": ?\[\])(?=[^\n]*"usage": ?\{)[^\n]*\n\r?\n')
 EVENT_END = re.compile(rb"\n\r?\n")
@@ -101,7 +101,7 @@ class Answer(StreamParser):
         self.connection: Upstream | None = None
         self.is_call = client.url.partition(b"?")[0].endswith(MODEL_CALLS)
         self.whole, self.held, self.lines, self.phrase = b"", b"", list[bytes](), b""
-        self.hides = self.is_call and bool(STREAMS.search(body)) and b'"stream_options"' not in body
+        self.hides = self.is_call and bool(STREAMS.search(body)) and not OPTIONS.search(body)
         self.request = self  # what its client's connection cancels
         self.data = self._as_sent(body.replace(b"{", ASK_USAGE, 1) if self.hides else body)
         self.keep = self.framed = False
