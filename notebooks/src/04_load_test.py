@@ -223,8 +223,8 @@ print(notebook.table(rows))
 
 # %% [markdown]
 # **Reading it.** Where the client is CLIENT_BOUND, the number got is the client's and no comparison holds.
-# A prediction also counts what API server and tokeniser take before the engine sees a request.
-# The emulator has neither and is a little faster than predicted.
+# Both count what API server and tokeniser take before the engine sees a request: the emulator waits that long before
+# it queues one.
 # A hidden machine may well lie inside the interval: that is what an interval is for.
 # Notebook 06 takes such a machine's measurements and finds its speed.
 #
@@ -416,8 +416,8 @@ print(f"SLO met: {refused['slo_met']}")
 # A refused request is a miss, and a percentile that falls among misses is unknown, never zero.
 #
 # Other limits: a closed loop never sends more than the server takes, so it hides overload; the burst does not.
-# The emulator has no tokeniser, no Python API server and no network card to wait for, and a burst from one client
-# host is not one from 10,000.
+# The emulator waits for API and tokeniser as long as the model says, and has no network card.
+# A burst from one client host is not one from 10,000.
 
 # %% [markdown] tags=["exercise"]
 # ## Exercises
