@@ -53,6 +53,16 @@ class Question:
     burst: int | None = None
     loaded: float = 0.8  # of what closed loops carried, where no number of sessions is given
 
+    @classmethod
+    def of(
+        cls, source: str, model: str, gpu: str, config: EngineConfig, workload: str, *, engine_command: str = "",
+        base_url: str = "", truth: int | None = None, **load: Any,
+    ) -> "Question":  # fmt: skip
+        """A notebook's: emulator (in virtual time), live (the command, or a server as it is) or recorded."""
+        live = ("engine_command", engine_command) if engine_command else ("base_url", base_url)
+        way, server = {"live": live, "recorded": ("recorded", ""), "emulator": ("simulate", "")}[source]
+        return cls(model, gpu, config, workload, way, server, truth if way == "simulate" else None, **load)
+
     def goal(self) -> Goal:
         """The limits of a turn."""
         own = load(self.workload).slo

@@ -80,18 +80,16 @@ config = scenarios.parallel(run.model, replace(config, gpu_count=best["gpu_count
 full = resolve(config, run.model, run.gpu)
 
 # %%
-live = "engine_command" if engine_command else "base_url"
-way = {"emulator": "simulate", "recorded": "recorded", "live": live}[source]
-asked = {"truth": truth if source == "emulator" else None, "server": engine_command or base_url}
-asked |= {"slo_ttft_s": case.slo["ttft_s"], "slo_tpot_s": case.slo["tpot_s"]}
-asked |= {"sessions": sessions or None, "duration_s": duration_s}
-question = Question(names["model"], run.gpu.key, config, case.workload, way, **asked)
+limits = {"slo_ttft_s": case.slo["ttft_s"], "slo_tpot_s": case.slo["tpot_s"]}
+load = {"sessions": sessions or None, "duration_s": duration_s, **limits}
+what = (names["model"], run.gpu.key, config, case.workload)
+question = Question.of(source, *what, engine_command=engine_command, base_url=base_url, truth=truth, **load)
 goal = question.goal()
 
 # %% tags=["nbval-ignore-output"]
 scratch = tempfile.TemporaryDirectory()
 folder = Path(recorded_run if source == "recorded" else f"{output_dir}/load" if output_dir else scratch.name)
-how = How(1 if way == "base_url" else max_boots, api_key_env or None, own=False)
+how = How(1 if question.way == "base_url" else max_boots, api_key_env or None, own=False)
 levels = []
 result = answer(question, folder, how, lambda one: levels.append(one) or print(f"{len(levels):>3} measured", end="\r"))
 
@@ -102,7 +100,8 @@ verdict = "confirmed by a start of its own" if result.confirmed else "not confir
 told = [f"Source: {label}"]
 told += [f"Tuned: {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}"]
 if chosen:
-    told += textwrap.wrap(" ".join(f"{flag} {value}" for flag, value in result.engine_args.items()), 76)
+    pairs = " ".join(f"{flag}={value}" for flag, value in result.engine_args.items())
+    told += [line.replace("=", " ") for line in textwrap.wrap(pairs, 80, break_on_hyphens=False)]
     told += [f"max_num_seqs {chosen}: {verdict}; limited by {result.limited_by}"]
     in_time = f"{result.slo_attainment_fraction:.0%} of the turns within {goal.slo_ttft_s:g} s TTFT"
     told += [f"{result.goodput_requests_per_s:.3g} turns/s in time: {in_time} and {goal.slo_tpot_s:g} s TPOT"]
@@ -139,12 +138,12 @@ rows = [
 print(notebook.table([row for row in rows if row["kind"] == "closed"], heads))
 
 # %%
-limits = [
+crossed = [
     {"limit": name, "most turns at once": at, "90 %": "{} to {}".format(*spread) if spread else "-"}
     | {"provenance": provenance}
     for (name, at), spread in zip(result.limits.items(), result.limits_interval.values(), strict=True)
 ]
-print(notebook.table(limits) if limits else "One turn alone is too slow: there is nothing to bracket")
+print(notebook.table(crossed) if crossed else "One turn alone is too slow: there is nothing to bracket")
 
 # %% [markdown]
 # **Reading it.** More turns share each step's reading of the weights, so turns per second rise and each turn's tokens
@@ -207,7 +206,9 @@ print(notebook.table(rows))
 
 # %%
 tried = {min(1024, full.max_num_batched_tokens, max(1, round((chosen or 1) * times))) for times in (0.25, 0.5, 1, 2, 4)}
-runs = {times: neighbours(question, folder, how, sorted(tried), times) for times in (1.0, 1.5) if way == "simulate"}
+runs = {
+    times: neighbours(question, folder, how, sorted(tried), times) for times in (1.0, 1.5) if question.way == "simulate"
+}
 rates = {
     times: {n: sum(one.goodput_requests_per_s for one in found) / len(found) for n, found in beside.items()}
     for times, beside in runs.items()
