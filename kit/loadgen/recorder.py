@@ -5,6 +5,7 @@ import json
 import os
 from array import array
 from collections import Counter, deque
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -36,6 +37,7 @@ class Recorder:
         self.reasons: list[str | None] = []
         self.details: dict[str, str] = {}
         self.lines: list[str] = []
+        self.unwritten = b""
         self.counts: Counter[str] = Counter()
         self.t0 = self.flushed = 0.0
 
@@ -62,14 +64,18 @@ class Recorder:
             self._step()
         self.flush()
         rows = np.frombuffer(self.rows).reshape(-1, len(COLUMNS))
-        return {"rows": rows, "reasons": self.reasons, "gaps": np.frombuffer(self.gaps), "details": self.details}
+        told = {"rows": rows, "reasons": self.reasons, "gaps": np.frombuffer(self.gaps), "details": self.details}
+        return {**told, "unwritten": self.unwritten.count(b"\n")}
 
     def flush(self) -> None:
-        """Append the waiting lines to the file."""
+        """Append the waiting lines to the file; what a full disk does not take waits for the next time."""
         self.flushed = monotonic()
-        if self.lines and self.file is not None:
-            os.write(self.file, "".join(self.lines).encode())
+        if self.file is not None:
+            self.unwritten += "".join(self.lines).encode()
         self.lines.clear()
+        with suppress(OSError):
+            while self.unwritten and self.file is not None:
+                self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
 
     def _record(self, call: Call) -> None:
         reason = call.reason or call.parser.outcome()

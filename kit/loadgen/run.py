@@ -63,8 +63,11 @@ def measure(
         target, prompts, warnings = probed = probed or calibrate(target, int.from_bytes(os.urandom(8)), system)
         summary = _run_level(target, level, prompts, options, _fresh_records(folder) if folder else None)
         summary["warnings"] = warnings + summary["warnings"]
-        if done:
-            write_json(done, summary)
+        try:
+            if done:
+                write_json(done, summary)
+        except OSError as error:
+            summary["warnings"].append(f"{done} is not written: {error.strerror}; the level will be measured again")
         summaries.append(summary)
     return summaries
 
@@ -115,6 +118,8 @@ def _run_level(
     results = [worker.told for worker in crew if worker.finished]
     lost = sum(worker.requests for worker in crew if not worker.finished)
     summary = summarize_level(level, results, connects, lost, watch, (options.slo_ttft_s, options.slo_tpot_s))
+    if unwritten := sum(result["unwritten"] for result in results):
+        summary["warnings"].append(f"{records}: the disk did not take the last {unwritten} records")
     if options.metrics_url and not watch.exposed:
         summary["warnings"].append(f"--metrics-url {options.metrics_url}: no known metric there")
     return summary
