@@ -38,7 +38,7 @@ def render(source: Source, architecture: str, out: Path, target: str | None = No
     record: dict[str, Any] = {"kit_version": __version__, "scenario": source.case.key, "architecture": architecture}
     record |= {"target": target, "values_sha256": _hash(_values_text(computed)), "values": values}
     record |= {"pools": {one["name"]: {name: one[name] for name in SIZED} for one in made["pools"]}}
-    record |= {"warnings": made["warnings"], "usd_per_hour": made["usd_per_hour"]}
+    record |= {name: made[name] for name in ("warnings", "usd_per_hour", "gpus", "sessions")}
     record["files"] = {name: _hash(one) for name, one in sorted(files.items())}
     _write(out, files, before, record)
     return record

@@ -1,5 +1,6 @@
 """What the templates read: values made concrete as containers, addresses, upstreams and images."""
 
+from collections import Counter
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
@@ -29,6 +30,8 @@ def context(case: Scenario, architecture: str, target: str, values: Mapping[str,
     made["pools"] = pools = _pools(case, values, data, target == "kubernetes")
     made |= {"what": data["architectures"][architecture]["what"], "versions": data["versions"]}
     paid = [one["price"] and one["price"] * one["replicas"] for one in pools]
+    made["sessions"] = sum(one["sessions"] * one["replicas"] for one in pools)
+    made["gpus"] = dict(Counter(one["gpu"] for one in pools for _ in range(one["replicas"] * one["gpu_count"])))
     made["usd_per_hour"] = None if None in paid else round(sum(paid), 4)
     made["images"] = {
         name: one["image"] + (f"@{one['digest']}" if one["digest"] else "") for name, one in data["images"].items()

@@ -34,12 +34,11 @@ architecture: str = ""  # single-node, burst, tiered or multi-node; empty lets t
 source: str = "emulator"  # emulator, live or recorded
 output_dir: str = ""  # empty means write no files
 
-# %% tags=["nbval-ignore-output"]
+# %%
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import yaml
 from matplotlib import pyplot as plt
 
 from kit import article, catalog, notebook, simulator
@@ -49,10 +48,8 @@ from kit.deploy.check import check
 from kit.deploy.picture import draw
 from kit.engine_config import EngineConfig
 from kit.errors import UserError
-from kit.memory import plan
-from kit.memory.startup import start_up
-from kit.workload import load as load_workload
 
+# %% tags=["nbval-ignore-output"]
 case = scenarios.load(scenario)
 case = case.model_copy(update={"model": model or case.model})
 run = notebook.begin("08_deploy", gpu=gpu, model=case.model, scenario=scenario, source=source, output_dir=output_dir)
@@ -64,36 +61,26 @@ run = notebook.begin("08_deploy", gpu=gpu, model=case.model, scenario=scenario, 
 
 # %%
 folder = Path(tempfile.mkdtemp())
-runs = Path(output_dir).resolve().parents[1] if output_dir else None
+asked = Source(case, gpu, engine, Path(output_dir).resolve().parents[1] if output_dir else None)
 bundles, refused = {}, {}
 for name in ARCHITECTURES:
     try:
-        bundles[name] = render(Source(case, gpu, engine, runs), name, folder / name)
+        bundles[name] = render(asked, name, folder / name)
     except UserError as error:
         refused[name] = str(error)
 
 # %%
-totals = {}
-for name, record in bundles.items():
-    pools = record["values"]["pools"]
-    held = sum(one["replicas"] * record["pools"][key]["sessions"] for key, one in pools.items())
-    gpus = Counter()
-    for one in pools.values():
-        gpus[one["gpu"]] += one["replicas"] * one["gpu_count"]
-    totals[name] = {"gpus": gpus, "sessions": held, "usd": record["usd_per_hour"]}
 rows = [
     {"architecture": name, "GPUs": ", ".join(f"{n} x {key}" for key, n in one["gpus"].items())}
-    | {"sessions": one["sessions"], "asked": case.sessions, "USD/h (quoted)": one["usd"], "provenance": "modelled"}
-    for name, one in totals.items()
+    | {"sessions": one["sessions"], "asked": case.sessions, "USD/h (quoted)": one["usd_per_hour"]}
+    for name, one in bundles.items()
 ]
-print(notebook.table(rows))
+print(notebook.table([row | {"provenance": "modelled"} for row in rows]))
 for name, reason in refused.items():
     print(f"\n{name} refused:\n  " + reason.replace("; ", "\n  "))
 
 # %%
-enough = [
-    name for name in ("single-node", "multi-node") if totals.get(name, {"sessions": 0})["sessions"] >= case.sessions
-]
+enough = [name for name in ("single-node", "multi-node") if name in bundles and not bundles[name]["warnings"]]
 chosen = architecture or next(iter(enough), next(iter(bundles)))
 if chosen not in bundles:
     raise UserError(f"architecture {chosen}: {refused.get(chosen, 'choices: ' + ', '.join(ARCHITECTURES))}")
@@ -111,12 +98,8 @@ draw(bundle)
 plt.show()
 
 # %%
-purpose = {"compose.yaml": "containers, networks, limits", "edge": "NGINX: keys, limits, affinity, health"}
-purpose |= {"hosts": "firewall and kernel of the machines", "monitoring": "Prometheus, alerts, dashboards"}
-purpose |= {"values.yaml": "yours to edit", "README.md": "a page of commands", "litellm": "complexity rules, fallbacks"}
-purpose |= {"engine.yaml": "LeaderWorkerSet", "scale.yaml": "KEDA", "bundle.json": "what was rendered, with hashes"}
 parts = Counter(path.split("/")[0] for path in bundle["files"])
-print(notebook.table([{"part": part, "files": n, "what": purpose.get(part, "")} for part, n in sorted(parts.items())]))
+print("\n".join(f"{number:3} file(s)  {part}" for part, number in sorted(parts.items())))
 
 # %% [markdown]
 # `values.yaml` is the one file to edit. `kit deploy` into the same folder keeps it, uses it and rewrites the others.
@@ -125,29 +108,27 @@ print(notebook.table([{"part": part, "files": n, "what": purpose.get(part, "")} 
 # ## Where do the architectures differ?
 
 # %%
+import yaml
+
 kinds = {}
-for name in bundles:
-    files = [path for path in bundles[name]["files"] if path.endswith("compose.yaml")]
-    services = [key for path in files for key in yaml.safe_load((folder / name / path).read_text())["services"]]
-    kinds[name] = {key.rstrip("0123456789").rstrip("-") for key in services} or {"Kubernetes objects"}
-shared = set.intersection(*[one for one in kinds.values() if len(one) > 1] or [set()])
+for name in set(bundles) - {"multi-node"}:
+    services = yaml.safe_load((folder / name / "compose.yaml").read_text())["services"]
+    kinds[name] = {key.rstrip("0123456789").rstrip("-") for key in services}
+shared = set.intersection(*kinds.values())
 print("All compose bundles:", ", ".join(sorted(shared)))
-rows = [{"architecture": name, "beside them": ", ".join(sorted(one - shared))} for name, one in kinds.items()]
-print(notebook.table(rows))
+print("\n".join(f"{name} beside them: {', '.join(sorted(kinds[name] - shared))}" for name in sorted(kinds)))
 
 # %%
+rows = [
+    {"architecture": name, "pool": key, "on": f"{one['gpu_count']} x {one['gpu']}", **bundles[name]["pools"][key]}
+    | {"engines": one["replicas"], "provenance": one["provenance"]}
+    for name in bundles
+    for key, one in bundles[name]["values"]["pools"].items()
+]
+columns = ("architecture", "pool", "engines", "on", "sessions", "speed", "weight", "provenance")
 print(
     notebook.table(
-        [
-            {"architecture": name, "pool": key, "engines": one["replicas"], "on": f"{one['gpu_count']} x {one['gpu']}"}
-            | {
-                "sessions each": bundles[name]["pools"][key]["sessions"],
-                "tokens/s each": bundles[name]["pools"][key]["speed"],
-            }
-            | {"weight": bundles[name]["pools"][key]["weight"], "provenance": one["provenance"]}
-            for name in bundles
-            for key, one in bundles[name]["values"]["pools"].items()
-        ]
+        rows, {key: {"sessions": "sessions each", "speed": "tokens/s each"}.get(key, key) for key in columns}
     )
 )
 
@@ -179,14 +160,20 @@ print(notebook.table([row | {"provenance": "modelled"} for row in rows]))
 # **Predict**: with four engines taken in turn, how much of its prompt does a turn find in the cache?
 
 # %%
-workload, engines = load_workload(case.workload or "customer-service"), 4
+from kit.workload import load
+
+workload, engines = load(case.workload or "customer-service"), 4
 pool = next(iter(bundle["values"]["pools"].values()))
 shape = scenarios.parallel(run.model, case.config(run.model, gpu_count=pool["gpu_count"]))
 limits, steps, _ = simulator.replica(run.model, run.gpu, shape)
+
+# %%
 found = {}
 for routing in ("round-robin", "least-loaded", "session"):
     cluster = simulator.SimulationConfig(limits, engines, routing, warm=True, request_s=steps.request_s)
     found[routing] = simulator.study(cluster, steps, simulator.Load(workload, sessions=min(50, case.sessions)))
+
+# %%
 rows = [
     {
         "routing": name,
@@ -208,8 +195,10 @@ print(notebook.table(rows))
 # ## What do several engines on one GPU cost?
 
 # %%
-small = catalog.model("mistral-7b-v0.3")
-pcie, rows = catalog.gpu("h100-pcie-80gb"), []
+from kit.memory import plan
+
+small, pcie = catalog.model("mistral-7b-v0.3"), catalog.gpu("h100-pcie-80gb")
+rows = []
 for count, share in ((1, 0.92), (2, 0.45), (3, 0.30)):
     memory = plan(small, pcie, EngineConfig(gpu_memory_utilization=share, max_model_len=4096))
     tokens = count * memory.kv_cache_tokens()
@@ -224,6 +213,8 @@ print(notebook.table([row | {"provenance": "modelled"} for row in rows]))
 # ## How long until a spot machine serves?
 
 # %%
+from kit.memory.startup import start_up
+
 weights_bytes = plan(run.model, run.gpu, shape).weights.size_bytes * pool["gpu_count"]
 rows = []
 for storage in ("network-volume", "nvme-local"):
@@ -261,10 +252,12 @@ notebook.prose_table(
 sticky, in_turn = (found[name]["prefix_hit_fraction"] or 0.0 for name in ("session", "round-robin"))
 numbers = {"engines": engines, "found_sticky": sticky, "found_in_turn": in_turn}
 numbers["found_in_turn_over_sticky"] = in_turn / sticky if sticky else 1.0
-usd = {name: totals.get(name, {"usd": None})["usd"] for name in ("tiered", "single-node", "multi-node")}
-alone = usd["single-node"] or usd["multi-node"]
-numbers |= {"usd_tiers": usd["tiered"] or 0.0, "usd_alone": alone or 0.0}
-numbers["tiers_over_alone"] = usd["tiered"] / alone if usd["tiered"] and alone else float("nan")
+usd = {name: one["usd_per_hour"] for name, one in bundles.items()}
+alone, tiers = usd.get("single-node") or usd.get("multi-node"), usd.get("tiered")
+numbers |= {"usd_tiers": tiers or 0.0, "usd_alone": alone or 0.0}
+numbers["tiers_over_alone"] = tiers / alone if tiers and alone else float("nan")
+
+# %%
 numbers |= {name: bundle["values"]["limits"][name] for name in ("nofile", "somaxconn")}
 notebook.prose_table(article.rows("08") + article.rows("08", numbers))
 
@@ -298,39 +291,38 @@ changed = yaml.safe_load((folder / chosen / "values.yaml").read_text())
 first = next(iter(changed["pools"]))
 changed["pools"][first]["replicas"] = 3
 (folder / chosen / "values.yaml").write_text(yaml.safe_dump(changed))
-again = render(Source(case, gpu, engine, runs), chosen, folder / chosen)
+again = render(asked, chosen, folder / chosen)
 engines_after = again["values"]["pools"][first]["replicas"]
 
 # %% tags=["exercise"]
 found_by_prefix = None
 # solution
 by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True, request_s=steps.request_s)
-asked = simulator.Load(workload, sessions=min(50, case.sessions))
-found_by_prefix = simulator.study(by_prefix, steps, asked)["prefix_hit_fraction"]
+load_again = simulator.Load(workload, sessions=min(50, case.sessions))
+found_by_prefix = simulator.study(by_prefix, steps, load_again)["prefix_hit_fraction"]
 
 # %% tags=["exercise"]
 by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True, request_s=steps.request_s)
-asked = simulator.Load(workload, sessions=min(50, case.sessions))
-right = (3, simulator.study(by_prefix, steps, asked)["prefix_hit_fraction"])
+load_again = simulator.Load(workload, sessions=min(50, case.sessions))
+right = (3, simulator.study(by_prefix, steps, load_again)["prefix_hit_fraction"])
 print("\n".join(notebook.check(*pair) for pair in zip((engines_after, found_by_prefix), right, strict=True)))
 
 # %% [markdown]
 # ## Decision
 
 # %% tags=["nbval-check-output"]
-place = Path(output_dir) / "bundle" if output_dir else folder / "decision"
-final = render(Source(case, gpu, engine, runs), chosen, place)
+final = render(asked, chosen, Path(output_dir) / "bundle" if output_dir else folder / "decision")
 told = [f"Bundle: {chosen} for {final['target']}, {len(final['files'])} files"]
 for name, one in final["values"]["pools"].items():
-    flags = ", ".join(f"{key} {one['flags'][key]}" for key in ("max_model_len", "max_num_seqs"))
     on = f"{one['replicas']} x {one['engine']} {one['engine_version']} on {one['gpu_count']} x {one['gpu']}"
-    told.append(f"{name}: {on}, {flags} ({one['provenance']})")
-told += [f"Note: {line}" for line in final["warnings"]]
-told.append(f"Refused: {', '.join(refused) or 'none'}")
-results = {"architecture": chosen, "target": final["target"], "pools": final["pools"], "values": final["values"]}
-results |= {"bundle": "bundle" if output_dir else None, "refused": refused, "usd_per_hour": totals[chosen]["usd"]}
-results["checks"] = dict(Counter(one.status for one in findings))
-run.finish(results, told)
+    told.append(f"{name}: {on}, max_num_seqs {one['flags']['max_num_seqs']} ({one['provenance']})")
+told += [*(f"Note: {line}" for line in final["warnings"]), f"Refused: {', '.join(refused) or 'none'}"]
+print("\n".join(told))
+
+# %% tags=["nbval-ignore-output"]
+kept = ("architecture", "target", "pools", "values", "usd_per_hour", "gpus", "sessions", "warnings")
+results = {name: final[name] for name in kept} | {"bundle": "bundle" if output_dir else None, "refused": refused}
+run.finish(results | {"checks": dict(Counter(one.status for one in findings))}, told)
 
 # %% [markdown]
 # ## Recap
