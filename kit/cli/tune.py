@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kit.engine_config import EngineConfig
     from kit.tune.levels import Boot, Level, Result
 
-HEADINGS = ("start", "max_num_seqs", "load", "turns", "in time", "good/s", "TTFT p95 s", "TPOT p95 s", "KV used")
+HEADINGS = ("start", "seqs", "load", "turns", "in time", "good/s", "TTFT p95 s", "TPOT p95 s", "KV")
 WORKLOAD = Option(help="key of data/workloads, or a YAML file")
 COMMAND = Option(help="starts the engine; with {flags}, may have {port} {model}")
 SESSIONS = Option(min=1, help="expected within the duration; default: what the model predicts to fit")
@@ -71,7 +71,7 @@ def view() -> "Iterator[Callable[[Boot | Level], None]]":
     from rich.live import Live
     from rich.table import Table
 
-    console, table = Console(stderr=True), Table(*HEADINGS, box=None)
+    console, table = Console(stderr=True), Table(*HEADINGS, box=None, padding=(0, 1, 0, 0))
 
     def tell(one: "Boot | Level") -> None:
         cells = row(one)
@@ -91,10 +91,10 @@ def row(one: "Boot | Level") -> list[str]:
     from kit.tune.levels import Boot
 
     if isinstance(one, Boot):
-        pool = "" if one.kv_cache_tokens is None else f", KV pool {one.kv_cache_tokens:,} tokens"
-        seconds = "" if one.start_s is None else f"up after {one.start_s:.0f} s"
-        return [str(one.index), str(one.max_num_seqs), f"{seconds}{pool}".strip(", "), *[""] * 6]
-    load = f"{one.concurrency} ready" if one.kind == "closed" else f"arriving, at most {one.concurrency or 'all'}"
+        seconds = "" if one.start_s is None else f"{one.start_s:.0f} s"
+        tokens = "" if one.kv_cache_tokens is None else f"{one.kv_cache_tokens:,} KV"
+        return [str(one.index), str(one.max_num_seqs), f"{seconds} {tokens}".strip(), *[""] * 6]
+    load = f"{one.kind} {one.concurrency or 'all'}"
     numbers = (one.goodput_requests_per_s, one.ttft_s["p95"], one.tpot_s["p95"])
     told = ["-" if number is None else f"{number:.3g}" for number in numbers]
     used = "-" if one.kv_cache_usage_max is None else f"{one.kv_cache_usage_max:.0%}"

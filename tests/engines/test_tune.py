@@ -36,7 +36,7 @@ def test_a_killed_tuning_goes_on_and_the_flag_arrives(name: str, tmp_path: Path)
     first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert first.stderr
     for line in first.stderr:
-        if line.startswith("start 1") and "32 ready" in line:
+        if line.startswith("start 1") and "closed 32" in line:
             break
     first.send_signal(signal.SIGKILL)
     first.communicate()
