@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import urllib.request
@@ -73,7 +74,7 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        return self.body.count(b'"content": "') - self.body.count(b'"content": ""')
+        return len(re.findall(rb'"content": ?"[^"]', self.body))
 
 
 def ask(
