@@ -37,7 +37,7 @@ def pareto(
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     ax.minorticks_off()
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     told = f"{chosen}: {policies[chosen]['usd_per_month']:,.0f} USD a month" if chosen else "None of these policies"
     plots._headline(ax, f"{told}, {least:.0%} of the turns within the SLO", under)
     return ax
@@ -63,6 +63,9 @@ def fleet_day(day: FleetDay, turns: Any, limit_s: float | None, under: str) -> l
     if limit_s:
         ttft.axhline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":", label="limit")
     ttft.set(yscale="log", ylabel="TTFT (s), half-hours", xlabel="Hour of the day", xlim=(0, edges[-1] / 3600))
-    ttft.legend(loc="upper right", ncols=3)
+    ttft.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ttft.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ttft.minorticks_off()
+    ttft.legend(loc="upper left", ncols=3)
     plots._headline(load, f"{len(turns):,} turns; {turns.good.mean():.1%} within the SLO, {day.lost} lost", under)
     return [load, machines, ttft]

@@ -319,7 +319,10 @@ def test_an_slo_that_nothing_keeps_is_said_with_the_nearest_policy():
         ({"sessions_per_day": "many"}, "sessions_per_day must be a number above 0, got 'many'"),
         ({"interruption_model": "daily"}, "unknown interruption_model 'daily'"),
         ({"sessions_per_day": float("inf")}, "sessions_per_day must be a number above 0, got inf"),
-        ({"bursts": [{"at": 5}]}, "burst {'at': 5} must have at_s and sessions"),
+        ({"bursts": [{"at": 5}]}, "burst {'at': 5} must have numbers at_s and sessions"),
+        ({"bursts": [{"at_s": "noon", "sessions": 5}]}, "must have numbers at_s and sessions"),
+        ({"bursts": 5}, "bursts must be a list, got 5"),
+        ({"scale_to_fraction": 0}, "scale_to_fraction must be a number above 0 and at most 1, got 0"),
         ({"provider": "azur"}, "unknown provider 'azur'; nearest: azure"),
     ],
 )  # fmt: skip

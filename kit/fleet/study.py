@@ -42,12 +42,19 @@ class Study:
         for name, value in {"days": days, **case.fleet}.items():
             if name not in data["defaults"] | {"days": 1}:
                 raise unknown("field of fleet", name, data["defaults"], shown=30)
-            numeric = isinstance((data["defaults"] | {"days": 1, "sessions_per_day": 1})[name], int | float)
-            if numeric and not (isinstance(value, int | float) and 0 <= value < inf and (value or name != "days")):
-                raise UserError(f"{name} must be a number above 0, got {value!r}")
+            default = (data["defaults"] | {"days": 1, "sessions_per_day": 1})[name]
+            most = 1.0 if name.endswith(("_fraction", "_limit")) else 1e9
+            least = 1e-9 if most == 1 or name == "days" else 0
+            if isinstance(default, int | float) and not (isinstance(value, int | float) and least <= value <= most):
+                raise UserError(f"{name} must be a number above 0{' and at most 1' * (most == 1)}, got {value!r}")
+            if isinstance(default, list) and not isinstance(value, list):
+                raise UserError(f"{name} must be a list, got {value!r}")
         for burst in given["bursts"]:
-            if not (isinstance(burst, dict) and {"at_s", "sessions"} <= burst.keys() <= {"at_s", "sessions", "over_s"}):
-                raise UserError(f"fleet: burst {burst!r} must have at_s and sessions, and may have over_s")
+            numbers = isinstance(burst, dict) and all(
+                isinstance(n, int | float) and 0 <= n < inf for n in burst.values()
+            )
+            if not (numbers and {"at_s", "sessions"} <= burst.keys() <= {"at_s", "sessions", "over_s"}):
+                raise UserError(f"fleet: burst {burst!r} must have numbers at_s and sessions, and may have over_s")
         if given["interruption_model"] not in self.interruptions:
             raise unknown("interruption_model", given["interruption_model"], self.interruptions)
         self.case, self.days, self.seed, self.today = case, days, seed, today or dt.date.today()
@@ -112,9 +119,9 @@ class Study:
         made: list[Group] = []
         for one in self.policies[policy]["groups"]:
             key = self.settings.burst_gpu or gpu if one.get("burst") else gpu
-            price, kind = self.price(key, one["market"]), self.kind(key, model)  # refused before anything is simulated
+            kind = self.kind(key, model)
             kind = kind if end is None else kind.ends[end]
-            rated = kind.rated_per_s
+            price, rated = self.price(key, one["market"]), kind.rated_per_s
             loads = {"peak": share * self.peak_per_s, "mean": share * float(self.turns_per_s.mean())}
             loads["missing"] = loads["peak"] - sum(group.floor * group.kind.rated_per_s for group in made)
             most = {name: max(1, ceil(load / rated)) for name, load in loads.items()}
