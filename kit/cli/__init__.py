@@ -35,6 +35,9 @@ def main() -> None:
     except UserError as error:
         sys.stderr.write(f"kit: {error}\n")
         sys.exit(2)
+    except (KeyboardInterrupt, EOFError):
+        sys.stderr.write("kit: interrupted\n")
+        sys.exit(130)
 
 
 def _print_help() -> None:
@@ -55,8 +58,6 @@ def _call(name: str, arguments: list[str]) -> None:
         code = command.main(arguments, prog_name=f"kit {name}", standalone_mode=False)
     except TyperException as error:
         raise UserError(_naming_the_value(error.format_message(), arguments)) from None
-    except (KeyboardInterrupt, EOFError):
-        sys.exit(130)
     if isinstance(code, int) and code:
         sys.exit(code)
 
