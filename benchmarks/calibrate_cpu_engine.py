@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,14 +35,15 @@ from kit.workload import load as workload
 
 MARKS = "<!-- cpu -->", "<!-- /cpu -->"
 GPU, SLOTS, LONGEST = "l4-24gb", 8, 16384
-WIDER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
+WIDER = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8}
 WITHIN = {"tpot_s": ("mean", 0.10), "ttft_s": ("p50", 0.15)}
 
 
 def wider(folder: Path) -> Path:
     """The tests' tiny model with more and wider layers, without weights of its own."""
     model = folder / "model"
-    shutil.copytree(ENVIRONMENTS / "tiny-model", model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    skipped = shutil.ignore_patterns("*.safetensors*")
+    shutil.copytree(ENVIRONMENTS / "tiny-model", model, ignore=skipped, dirs_exist_ok=True)
     config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | WIDER))
     return model
@@ -64,24 +64,23 @@ def agents(sessions: int, over_s: float) -> list[Session]:
 
 def measure(budget_s: float, sessions: int, over_s: float, keep: Path) -> dict[str, Any]:
     """Start, probe, predict, send, compare, stop."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = wider(Path(folder))
-        flags = {"max_num_seqs": SLOTS, "enforce_eager": True, "max_model_len": LONGEST, "--load-format": "dummy"}
-        wanted = launch("vllm", str(model), flags, port=free_port(), served_model_name="small")
-        engine = start(wanted, keep / "engine.log")
-        try:
-            spec, card = catalog.model(str(model)), catalog.gpu(GPU)
-            server = LiveServer(Target(wanted.base_url, "small"), spec)
-            config = EngineConfig(max_num_seqs=SLOTS, enforce_eager=True, max_model_len=LONGEST)
-            calibrate(spec, card, config, server, out=keep / "cpu.json", budget_s=budget_s, on_cpu=True)
-            found, load_ = load(keep / "cpu.json"), agents(sessions, over_s)
-            predicted = {
-                name: _simulated(*replica(spec, card, *basis)[:2], load_)
-                for name, basis in (("before", (config,)), ("after", found.apply(spec, card, config)))
-            }
-            frame = server.measure(own_arrivals(load_)).frame
-        finally:
-            engine.stop()
+    model = wider(keep)
+    flags = {"max_num_seqs": SLOTS, "enforce_eager": True, "max_model_len": LONGEST, "--load-format": "dummy"}
+    wanted = launch("vllm", str(model), flags, port=free_port(), served_model_name="small")
+    engine = start(wanted, keep / "engine.log")
+    try:
+        spec, card = catalog.model(str(model)), catalog.gpu(GPU)
+        server = LiveServer(Target(wanted.base_url, "small"), spec)
+        config = EngineConfig(max_num_seqs=SLOTS, enforce_eager=True, max_model_len=LONGEST)
+        calibrate(spec, card, config, server, out=keep / "cpu.json", budget_s=budget_s, on_cpu=True)
+        found, load_ = load(keep / "cpu.json"), agents(sessions, over_s)
+        predicted = {
+            name: _simulated(*replica(spec, card, *basis)[:2], load_)
+            for name, basis in (("before", (config,)), ("after", found.apply(spec, card, config)))
+        }
+        frame = server.measure(own_arrivals(load_)).frame
+    finally:
+        engine.stop()
     seen = {"tpot_s": {"mean": frame["tpot_s"].mean()}, "ttft_s": {"p50": frame["ttft_s"].median()}}
     rows = [{"quantity": name, "statistic": which, "within": within, "measured_s": float(seen[name][which]),
              **{when: predicted[when][name][which] for when in predicted}}
