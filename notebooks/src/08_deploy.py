@@ -81,7 +81,7 @@ for name, reason in refused.items():
 
 # %%
 enough = [name for name in ("single-node", "multi-node") if name in bundles and not bundles[name]["warnings"]]
-chosen = architecture or next(iter(enough), next(iter(bundles)))
+chosen = architecture or next(iter([*enough, *bundles]), "single-node")
 if chosen not in bundles:
     raise UserError(f"architecture {chosen}: {refused.get(chosen, 'choices: ' + ', '.join(ARCHITECTURES))}")
 bundle = bundles[chosen]
@@ -114,7 +114,7 @@ kinds = {}
 for name in set(bundles) - {"multi-node"}:
     services = yaml.safe_load((folder / name / "compose.yaml").read_text())["services"]
     kinds[name] = {key.rstrip("0123456789").rstrip("-") for key in services}
-shared = set.intersection(*kinds.values())
+shared = set.intersection(*kinds.values()) if kinds else set()
 print("All compose bundles:", ", ".join(sorted(shared)))
 print("\n".join(f"{name} beside them: {', '.join(sorted(kinds[name] - shared))}" for name in sorted(kinds)))
 
