@@ -22,7 +22,7 @@ from kit.scenario import parallel
 from kit.tune.levels import Boot, Goal, Level, Result, Store
 from kit.tune.load import Offer
 from kit.tune.search import Setup, Tuner, tune
-from kit.tune.server import ByHand, NotRestarted, Server
+from kit.tune.server import ByHand, NotRestarted, Server, card
 from kit.tune.virtual import VirtualMachine, expected
 from kit.workload import Workload, load
 from kit.workload.arrivals import Burst
@@ -181,7 +181,7 @@ def answer(
     if question.way == "engine_command" and "{flags}" not in question.server:
         raise UserError(f"--engine-command {question.server!r}: no {{flags}} in it, where the tuned ones go")
     setup, goal, file = question.setup(), question.goal(), folder / "tuning.jsonl"
-    held = json.loads(file.open(encoding="utf-8").readline())["asked"] if file.exists() else {}
+    held = _held(file)
     at_first = held.get("expected") if held else predicted(question)
     asked = held if question.way == "recorded" else {**asdict(question), "expected": at_first}
     store, setup = Store(file, asked), replace(setup, expected=at_first)
@@ -200,12 +200,25 @@ def answer(
             return tune(one, setup, goal, store, len(store.boots), tell)
 
 
+def emulated(question: Question, folder: Path) -> bool:
+    """Whether the numbers are a model's: of virtual time, of the emulator, or of a server that says so."""
+    if question.way == "base_url":
+        return bool(card(Target(question.server, question.model)).get("emulated"))
+    held = _held(folder / "tuning.jsonl") if question.way == "recorded" else {}
+    return held.get("way", question.way) in ("simulate", "emulate")
+
+
+def _held(file: Path) -> dict[str, Any]:
+    """What the file of a tuning answers; nothing where there is none."""
+    return dict(json.loads(file.open(encoding="utf-8").readline())["asked"]) if file.exists() else {}
+
+
 def neighbours(
     question: Question, folder: Path, how: How, values: Sequence[int], times: float = 1.0
 ) -> dict[int, list[Level]]:
     """Open loops on a start with each of these max_num_seqs, at `times` the tuning's load; kept as `answer` does."""
     place = folder / f"neighbours-{times:g}"
-    asked = json.loads((folder / "tuning.jsonl").open(encoding="utf-8").readline())["asked"]
+    asked = _held(folder / "tuning.jsonl")
     store, offer = Store(place / "tuning.jsonl", asked), question.offer(Store(folder / "tuning.jsonl", asked).levels)
     more = replace(offer, sessions=offer.sessions and round(times * offer.sessions))
     with machine(question, more, place, how) as one:

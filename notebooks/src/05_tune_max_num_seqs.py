@@ -58,7 +58,7 @@ from kit import scenario as scenarios
 from kit.decision import decide
 from kit.engine_config import resolve
 from kit.memory import plan
-from kit.tune.ask import How, Question, answer, neighbours
+from kit.tune.ask import How, Question, answer, emulated, neighbours
 from kit.units import gib
 
 case = scenarios.load(scenario)
@@ -95,7 +95,8 @@ result = answer(question, folder, how, lambda one: levels.append(one) or print(f
 
 # %%
 chosen, levels = result.recommended.get("max_num_seqs"), result.evidence
-label, provenance = measure.LABELS[source], "modelled" if source == "emulator" else "measured"
+modelled = emulated(question, folder)
+label, provenance = measure.LABELS["emulator" if modelled else source], "modelled" if modelled else "measured"
 verdict = "confirmed by a start of its own" if result.confirmed else "not confirmed"
 told = [f"Source: {label}"]
 told += [f"Tuned: {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}"]

@@ -16,7 +16,7 @@ import pytest
 from kit import cli, workload
 from kit.engine_config import EngineConfig
 from kit.errors import UserError
-from kit.tune.ask import How, Question, answer, carried, own_flags
+from kit.tune.ask import How, Question, answer, carried, emulated, own_flags
 
 KIT = [sys.executable, "-c", "from kit.cli import main; main()", "tune"]
 ASKED = ["--model", "qwen3-0.6b", "--gpu", "h100-sxm-80gb", "--slo-ttft-s", "0.5", "--slo-tpot-s", "0.05", "--json"]
@@ -142,6 +142,7 @@ def test_a_recorded_tuning_is_read_without_a_machine(tmp_path):
     result = answer(replace(question, duration_s=20.0), tmp_path, How())
     read = answer(Question(question.model, question.gpu, question.config, "voice", "recorded"), tmp_path, How())
     assert (read.recommended, read.evidence) == (result.recommended, result.evidence)
+    assert emulated(replace(question, way="recorded"), tmp_path)  # nothing of it is a measured speed
     text = (tmp_path / "tuning.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "tuning.jsonl").write_text("".join(text[:4]))
     with pytest.raises(UserError, match="its tuning is not complete"):
