@@ -37,6 +37,7 @@ class Scene:
     target: Target
     how: str
     faster: float
+    emulated: bool = True  # nothing of it is a GPU's speed
     stage: Stage | None = None
     engines: list[Engine] = field(default_factory=list)
     samples: list[tuple[float, ServerMetrics]] = field(default_factory=list)
@@ -125,7 +126,11 @@ def scene(
     """
     model = source.case.model
     if base_url:
-        return _read_here(Scene(Target(base_url, model, api_key_env=key_env or None), "a live server's page", faster))
+        target = Target(base_url, model, api_key_env=key_env or None)
+        card = measure.call(target, "/models")["data"][0]
+        live = Scene(replace(target, model=card["id"]), "a live server's page", faster)
+        live.emulated = bool(card.get("emulated"))
+        return _read_here(live)
     scratch = tempfile.TemporaryDirectory(prefix="kit-")
     folder, lost = Path(scratch.name), {PROGRAMS["edge"], PROGRAMS["prometheus"]} & set(missing())
     made = Scene(Target("http://127.0.0.1:1", model), "", faster, scratch=scratch)

@@ -23,7 +23,7 @@
 # - Output: `results.json` with the scale signals, their thresholds, and the alerts that fired.
 # - Runtime: below 40 s. No GPU by default: emulators stand behind the bundle's NGINX and a real Prometheus evaluates
 #   the bundle's rules. Where NGINX or Prometheus is not installed, the metrics page is read by the notebook itself.
-#   With `source` live and a `base_url` it reads that server's page.
+#   With `source` live and a `base_url` it reads that server's page, and what it shows of the VRAM stays modelled.
 # - Read first: [04 · Load test](04_load_test.ipynb).
 
 # %% tags=["parameters"]
@@ -55,12 +55,15 @@ from kit.decision import decide
 from kit.deploy import Source
 from kit.deploy.scene import SCALE, scene
 from kit.deploy.watch import panels
+from kit.errors import UserError
 from kit.loadgen import Options, fixed_sessions, level
 from kit.loadgen import measure as load
 from kit.memory.packing import pack
 from kit.memory.sessions import Demand
 from kit.units import gib
 
+if source == "recorded":
+    raise UserError("source 'recorded': a recorded run has no metrics page to watch; choices: emulator, live")
 case = scenarios.load(scenario)
 names = {"gpu": gpu, "model": model or case.model, "scenario": scenario}
 run = notebook.begin("09_watch", **names, source=source, output_dir=output_dir)
@@ -90,7 +93,8 @@ room = Demand(length, held)
 small = replace(config, max_model_len=length, gpu_memory_utilization=min(0.98, share.gpu_memory_utilization))
 case = case.model_copy(update={"model": names["model"]})
 watched = scene(Source(case, gpu, engine), small, 2, faster, base_url, api_key_env)
-print(f"Watched: {watched.how}")
+provenance = "modelled" if watched.emulated else "measured"
+print(f"Watched: {watched.how} ({provenance})")
 
 # %%
 ask, quiet = fixed_sessions(900, 120), Options(log=lambda line: None)
@@ -121,7 +125,7 @@ for place, name in enumerate(times):
     }
 rows = [
     {"phase": name, "VRAM in use": f"{vram:.0%}", "KV cache in use, most": f"{one['kv']:.0%}"}
-    | {"waiting per replica, most": one["waiting"], "provenance": "modelled"}
+    | {"waiting per replica, most": one["waiting"], "provenance": provenance}
     for name, one in phases.items()
 ]
 print(notebook.table(rows))
@@ -173,7 +177,7 @@ for name, (_, limit, for_s) in SCALE.items():
     at = firing.get(name, {})
     fired = at["from_s"] - times["crowd"] if at else None
     rows.append({"alert": name, "fires above": limits[limit], "for s": for_s, "fired s after the crowd": fired})
-    rows[-1] |= {"that is, on its own clock, s": None if fired is None else fired * faster, "provenance": "modelled"}
+    rows[-1] |= {"that is, on its own clock, s": None if fired is None else fired * faster, "provenance": provenance}
 print(notebook.table(rows))
 resolved = {name: one["until_s"] < watched.now() - 1 for name, one in firing.items()}
 print(
@@ -294,7 +298,7 @@ watched.stop()
 dashboards = [one["title"] for one in load_yaml(DATA / "watch.yaml")["dashboards"]]
 results = {"scale_on": {name: {"above": limits[limit], "for_s": for_s} for name, (_, limit, for_s) in SCALE.items()}}
 results |= {"dashboards": dashboards, "alerts": alerts, "phases": phases, "vram_fraction": vram, "how": watched.how}
-results |= {"faster": faster, "provenance": "modelled" if source == "emulator" else "measured"}
+results |= {"faster": faster, "provenance": provenance}
 told = [
     f"Scale on {', '.join(SCALE)}; never on VRAM, which stands at {vram:.0%} of {gib(run.gpu.memory_bytes):.0f} GiB"
 ]
