@@ -17,12 +17,11 @@ from kit.emulator.server import Connection
 from kit.errors import UserError
 from kit.loadgen.plan import Target
 from kit.loadgen.stream import StreamParser
-from kit.record.calls import PARENT, SESSION, Asked
+from kit.record.calls import Asked
 from kit.record.sessions import Sessions
 
 MODEL_CALLS = b"/chat/completions", b"/completions"
-OWN = {b"connection", b"keep-alive", b"host", b"content-length", b"transfer-encoding", b"accept-encoding", b"expect",
-       SESSION, PARENT}  # fmt: skip
+OWN = {b"connection", b"keep-alive", b"host", b"content-length", b"transfer-encoding", b"accept-encoding", b"expect"}
 ASK_USAGE = b'{"stream_options":{"include_usage":true},'
 STREAMS, OPTIONS = re.compile(rb'"stream"\s*:\s*true'), re.compile(rb'"stream_options"')
 # The event that tells usage alone, which a client that did not ask for it shall not see.

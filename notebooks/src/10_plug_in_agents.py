@@ -92,8 +92,7 @@ scripts = ["langgraph_agent.py", "autogen_agent.py", "crewai_agent.py", "langgra
 told, file = [], Path(recording or DATA / "workloads/agents.jsonl")
 ran_here = python.exists() and not recording
 if ran_here:
-    file = Path(output_dir or tempfile.mkdtemp()) / "agents.jsonl"
-    file.unlink(missing_ok=True)
+    file = Path(tempfile.mkdtemp(prefix="agents-", dir=output_dir or None)) / "agents.jsonl"
     proxy = measure.record(bench.target, file)
     ask = f"--base-url {proxy.launch.base_url} --model {bench.target.model}".split()
     key = {"OPENAI_API_KEY": os.environ.get(api_key_env, "none")}
@@ -113,6 +112,56 @@ calls = pd.read_json(file, lines=True).iloc[1:].reset_index(drop=True)
 calls["agent"] = calls["session"].str.extract(r"^(\w+-\w+)")[0].fillna(calls["session"])
 calls["framework"] = calls["agent"].str.extract(r"^(\w+)")[0]
 agents = calls.groupby("agent")
+works = calls.groupby("framework")
+good = [name for name, one in works if one["tool_results"].any() and one["first_token_s"].notna().all()]
+failed = int(calls["failure"].notna().sum())
+
+# %% [markdown]
+# Then many of them: over HTTP in real time as `kit load --workload FILE` plays them, and in virtual time.
+
+# %%
+preset = workloads.load(str(file))
+many = list(workloads.generate(preset, 0, sessions=copies))
+starts = np.linspace(0, over_s, copies, endpoint=False).tolist()
+wave = own_arrivals([replace(one, arrival_s=at) for one, at in zip(many, starts, strict=True)])
+summary, frame = bench.measure(replace(wave, name="agents"))
+planned = sum(len(one.turns) + sum(len(child.turns) for turn in one.turns for child in turn.children) for one in many)
+waits = (frame["first_token_s"] - frame["scheduled_s"]).dropna()
+
+# %%
+limits, step_time, _ = simulator.replica(run.model, run.gpu, config)
+within, crowds = f"within {limit_s:g} s", []
+for count in (100, 1000, 3000):
+    drawn = workloads.generate(preset, 0, sessions=count)
+    at_once = [replace(one, arrival_s=10 * at / count) for at, one in enumerate(drawn)]
+    sim = simulator.Simulation(simulator.SimulationConfig(limits), step_time).run(at_once)
+    found = answers(sim, limit_s, None, set())
+    crowds.append(
+        {"agents": count, "calls": found["completed"], "TTFT p50 s": found["ttft_s"]["p50"]}
+        | {"p99 s": found["ttft_s"]["p99"], within: f"{found['slo_attainment_fraction']:.0%}"}
+        | {"KV max": f"{found['kv_cache_usage']['max']:.0%}", "cached": f"{found['prefix_hit_fraction']:.0%}"}
+        | {"preemptions": found["preemptions"], "provenance": "modelled"}
+    )
+
+# %%
+tail_s, most, cached = waits.quantile(0.99), crowds[-1], calls["cached_tokens"].sum() / calls["input_tokens"].sum()
+decision = [
+    f"{', '.join(sorted(good))}: tools called, answers streamed, {failed} of {len(calls)} calls failed",
+    f"{copies} agents within {over_s:g} s: TTFT p99 {tail_s:.2g} s ({bench.source}, client {summary['verdict']})",
+    f"{most['agents']:,} in 10 s on {config.gpu_count}x {run.gpu.key}: {most[within]} of calls {within} (modelled)",
+    f"{cached:.0%} of the prompt tokens were found cached; the recorded workload is {file.name}",
+]
+print("\n".join(decision))
+
+# %% [markdown]
+# **Reading it.** All three frameworks speak to the same URL; none knows what hardware answers.
+# What they do to it is in the recording, and a recording can be multiplied before the users are.
+#
+# **Predict** before you read on: for how much of its time is an agent inside the model?
+#
+# ## What does an agent do to a server?
+
+# %%
 rows = [
     {"agent": name, "calls": len(one), "sessions": one["session"].nunique(), "tool results": one["tool_results"].sum()}
     | {"streamed": int(one["first_token_s"].notna().sum()), "prompt tokens": one["input_tokens"].sum()}
@@ -125,11 +174,7 @@ print(notebook.table(rows))
 # **Reading it.** Each agent was asked two questions.
 # LangGraph and AutoGen keep one conversation, CrewAI begins a new one with each task, and AutoGen phrases its answer
 # without the tools in the prompt: the same work, other calls.
-# The last agent leads three specialists, which are agents themselves.
-#
-# **Predict** before you read on: for how much of its time is an agent inside the model?
-#
-# ## What does an agent do to a server?
+# The one with the most calls leads three specialists, which are agents themselves.
 
 # %%
 under = f"{measure.LABELS[bench.source]} · {config.gpu_count}x {plots.short_name(run.gpu)} · tools take 50 and 120 ms"
@@ -147,13 +192,9 @@ plt.show()
 # Each prompt repeats what was said before; only the rest is new to the engine if its cache still has the beginning.
 
 # %%
-preset = workloads.load(str(file))
-sessions = list(workloads.generate(preset, 0))
 shared = calls.groupby("prefix")["prefix_tokens"].min()
-tokens = calls["input_tokens"].sum()
-cached = calls["cached_tokens"].sum() / tokens
 rows = [
-    {"prompt tokens": tokens, "found cached": f"{cached:.0%}", "distinct beginnings": len(shared)}
+    {"prompt tokens": calls["input_tokens"].sum(), "found cached": f"{cached:.0%}", "distinct beginnings": len(shared)}
     | {"the longest shared one": int(shared.max()), "answer tokens": calls["output_tokens"].sum()}
 ]
 print(notebook.table(rows))
@@ -169,18 +210,10 @@ print(notebook.table(rows))
 # Here they start within a few seconds, each with texts of its own.
 
 # %%
-many = list(workloads.generate(preset, 0, sessions=copies))
-starts = np.linspace(0, over_s, copies, endpoint=False).tolist()
-wave = own_arrivals([replace(one, arrival_s=at) for one, at in zip(many, starts, strict=True)])
-summary, frame = bench.measure(replace(wave, name="agents"))
-planned = sum(len(one.turns) + sum(len(child.turns) for turn in one.turns for child in turn.children) for one in many)
-
-# %%
-waits = (frame["first_token_s"] - frame["scheduled_s"]).dropna()
 rows = [
     {"agents": copies, "calls": summary["sent"], "answered": summary["completed"]}
-    | {"at most in flight": summary["peak_in_flight"], "TTFT p50 s": waits.median(), "TTFT p99 s": waits.quantile(0.99)}
-    | {"KV cache at most": f"{summary['server']['kv_cache_usage'] or np.nan:.1%}", "client": summary["verdict"]}
+    | {"in flight": summary["peak_in_flight"], "TTFT p50 s": waits.median(), "p99 s": tail_s}
+    | {"KV max": f"{summary['server']['kv_cache_usage'] or np.nan:.1%}", "client": summary["verdict"]}
     | {"provenance": "modelled" if bench.source == "emulator" else "measured"}
 ]
 print(notebook.table(rows))
@@ -194,24 +227,7 @@ print(notebook.table(rows))
 # The same recording through the simulator, in virtual time: so many agents start within ten seconds.
 
 # %%
-limits, step_time, _ = simulator.replica(run.model, run.gpu, config)
-rows = []
-for count in (100, 1000, 3000):
-    at_once = [
-        replace(one, arrival_s=10 * at / count) for at, one in enumerate(workloads.generate(preset, 0, sessions=count))
-    ]
-    sim = simulator.Simulation(simulator.SimulationConfig(limits), step_time).run(at_once)
-    found = answers(sim, limit_s, None, set())
-    rows.append(
-        {"agents": count, "calls": found["completed"], "TTFT p50 s": found["ttft_s"]["p50"]}
-        | {"TTFT p99 s": found["ttft_s"]["p99"], f"within {limit_s:g} s": f"{found['slo_attainment_fraction']:.0%}"}
-        | {
-            "KV cache at most": f"{found['kv_cache_usage']['max']:.0%}",
-            "found cached": f"{found['prefix_hit_fraction']:.0%}",
-        }
-        | {"preemptions": found["preemptions"], "provenance": "modelled"}
-    )
-print(notebook.table(rows))
+print(notebook.table(crowds))
 
 # %% [markdown]
 # **Reading it.** These agents are small, so the KV cache is not what ends first: the queue is.
@@ -230,10 +246,7 @@ for name in ("vllm", "sglang"):
     hits[name] = answers(sim, limit_s, None, set())["prefix_hit_fraction"]
 
 # %%
-good = [
-    name for name, one in calls.groupby("framework") if one["tool_results"].any() and one["first_token_s"].notna().all()
-]
-numbers = {"frameworks": len(good), "failed": int(calls["failure"].notna().sum()), "calls": len(calls)}
+numbers = {"frameworks": len(good), "failed": failed, "calls": len(calls)}
 numbers |= {"vllm_hits": hits["vllm"], "sglang_hits": hits["sglang"], "hits_ahead": hits["sglang"] - hits["vllm"]}
 notebook.prose_table(article.rows("10", numbers))
 
@@ -255,7 +268,7 @@ notebook.prose_table(article.rows("10", numbers))
 # ## Exercises
 #
 # 1. Tweak: for which share of its time is the first agent of the table inside the model?
-# 2. Twiddle: how many calls would 40 agents make that lead three specialists each, as the last one does?
+# 2. Twiddle: how many calls would 40 agents make that lead three specialists each?
 # 3. Frob: start `kit record --upstream http://HOST:PORT --port 8010`, point an agent of your own at port 8010, and
 #    play it: `kit load --workload recording.jsonl --base-url http://HOST:PORT --model NAME`.
 
@@ -284,21 +297,13 @@ print("\n".join(notebook.check(*pair) for pair in zip((inside, calls_of_forty), 
 # %% tags=["nbval-check-output"]
 yes = {True: "yes", False: "no"}
 print(f"Called their tools and streamed every answer: {', '.join(sorted(good))}")
-print(f"Calls of the {len(agents)} agents: {len(calls)}, none failed: {yes[not numbers['failed']]}")
+print(f"Calls of the {len(agents)} agents: {len(calls)}, none failed: {yes[not failed]}")
 print(f"{copies} agents replayed: {planned} calls planned, {summary['sent']} sent, {summary['completed']} answered")
 
 # %% tags=["nbval-ignore-output"]
 if bench.engine:
     bench.engine.stop()
-tail_s, most = waits.quantile(0.99), rows[-1]
-decision = [
-    f"{', '.join(sorted(good))}: tools called, answers streamed, {numbers['failed']} of {len(calls)} calls failed",
-    f"Recorded workload: {file}, {len(calls)} calls, {cached:.0%} of the prompt tokens found cached",
-    f"{copies} agents within {over_s:g} s: TTFT p99 {tail_s:.2g} s ({bench.source}, client {summary['verdict']})",
-    f"{most['agents']:,} within 10 s on {config.gpu_count}x {run.gpu.key}: "
-    f"{most[f'within {limit_s:g} s']} of the calls within {limit_s:g} s (modelled)",
-]
-results = {"ran_here": ran_here, "workload": str(file), "agents": [dict(one) for one in told], "many": rows}
+results = {"ran_here": ran_here, "workload": str(file), "agents": [dict(one) for one in told], "many": crowds}
 results |= {"replay": {name: summary[name] for name in ("sent", "completed", "failed", "verdict", "peak_in_flight")}}
 run.finish(results, decision)
 
