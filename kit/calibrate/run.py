@@ -112,6 +112,8 @@ def _probe(
         probes.append(one)
         if one.told["verdict"] != "VALID" or one.told.get("failures"):
             log(f"probe {one.name}: {'; '.join(one.told['verdict_reasons'])} failed: {one.told['failures']}\n")
+        if one.told.get("waiting") and (one.told["running"] or 0) < min(one.slots or 0, limits.max_num_seqs):
+            log(f"probe {one.name}: {one.told['running']:g} ran at most, others waited: what is its --max-num-seqs?\n")
         for quantity, (seen, _) in play(one, one.chains(), limits, steps).items():
             slower = max(slower, float((one.frame[quantity] / seen).fillna(1.0).median()))
         rate = sum(one.rows["output_tokens"]) / one.duration_s

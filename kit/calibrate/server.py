@@ -1,5 +1,6 @@
 """Who is probed: an OpenAI-compatible server over HTTP, or a machine in virtual time."""
 
+import http.client
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from kit.telemetry import read_page
 from kit.workload import Session
 
 ASK_TIMEOUT_S = 10.0
+FAILING_FRACTION = 0.1  # a probe of which more fails says nothing
 RECORDED = ("session", "turn", "input_len", "sent_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens")
 
 
@@ -37,7 +39,10 @@ class LiveServer:
     kv_cache_tokens: float | None = None
 
     def __init__(self, target: Target, model: ModelSpec, log: Callable[[str], object] = sys.stderr.write) -> None:
-        cards = json.loads(_get(target, "/v1/models")).get("data", [])
+        try:
+            cards = list(json.loads(_get(target, "/v1/models"))["data"])
+        except (json.JSONDecodeError, LookupError, TypeError):
+            raise UserError(f"{target.base_url}/v1/models: not a list of models") from None
         names = normalize(target.model), normalize(model.key)
         alike = [one for one in cards if normalize(one["id"]) in names]
         card = next((one for one in cards if one["id"] == target.model), alike[0] if alike else None)
@@ -56,13 +61,14 @@ class LiveServer:
             summary = measure(self.target, [level], Options(log=self.log), Path(folder) / "run")[0]
             lines = (Path(folder) / "run" / "requests.jsonl").read_text(encoding="utf-8").splitlines()
         done = [row for row in map(json.loads, lines) if row["ok"]]
-        if not done:
-            raise UserError(f"{self.target.base_url}: nothing of probe {level.name} came back: {summary['failures']}")
+        if summary["failed"] > FAILING_FRACTION * len(lines) or not done:
+            lost = f"{summary['failed']} requests of probe {level.name} failed: {summary['failures']}"
+            raise UserError(f"{self.target.base_url}: {lost}; probes before it are kept")
         rows = {name: [row[theirs] for row in done] for name, theirs in zip(COLUMNS, RECORDED, strict=True)}
         rows["session"] = list(map(float, rows["session"]))
         rows["prompt_tokens"] = [row["prompt_tokens"] or row["input_len"] for row in done]
         told = {name: summary[name] for name in ("verdict", "verdict_reasons", "failures")}
-        told["prefix_hit_fraction"] = summary["server"]["prefix_hit_fraction"]
+        told |= {name: summary["server"][name] for name in ("prefix_hit_fraction", "running", "waiting")}
         return Measured(level.name, level.slots, rows, summary["duration_s"], told)
 
 
@@ -112,5 +118,5 @@ def _get(target: Target, path: str) -> Any:
             return answer.read().decode(errors="replace")
     except urllib.error.HTTPError as error:
         raise UserError(f"{url}: HTTP {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"cannot reach {target.base_url}: {getattr(error, 'reason', error)}") from None

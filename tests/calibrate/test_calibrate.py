@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -194,6 +196,25 @@ def test_bad_input_is_one_line(kit, options, named) -> None:
     code, _, told = kit("calibrate", "--model", "llama-3.1-8b", "--gpu", "h100-sxm-80gb", *options)
     assert (code, len(told.splitlines())) == (2, 1)
     assert named in told
+
+
+def test_a_server_that_lists_no_models_is_refused_in_one_line(kit, tmp_path) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+
+        def log_message(self, *_) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url, out = f"http://127.0.0.1:{server.server_port}", str(tmp_path / "x.json")
+        code, _, told = kit("calibrate", "--model", "llama-3.1-8b", "--gpu", "l4-24gb", "--base-url", url, "--out", out)
+        server.shutdown()
+    assert (code, len(told.splitlines())) == (2, 1)
+    assert f"{url}/v1/models" in told
 
 
 def test_a_file_that_is_no_calibration_is_refused(kit, tmp_path) -> None:
