@@ -48,11 +48,6 @@ class Kind:
         """It as slow and as fast as the 90 % interval leaves open."""
         return replace(self, **self.slower(self.factor)), replace(self, **self.slower(1 / self.factor))
 
-    @property
-    def target_interval(self) -> list[float] | None:
-        """Of target_per_s, 90 %; None where nothing asked for its ends."""
-        return [end.target_per_s for end in self.ends] if "ends" in vars(self) else None
-
     @cached_property
     def target_per_s(self) -> float:
         """Most turns per second of which 95 % meet the SLO; 0 where even the lightest load misses it."""

@@ -39,20 +39,19 @@ class Study:
         data = load_yaml(DATA / "fleet.yaml")
         self.policies, self.interruptions = data["policies"], data["interruptions"]
         given = data["defaults"] | case.fleet
+        known = data["defaults"] | {"days": 1, "sessions_per_day": 1}
         for name, value in {"days": days, **case.fleet}.items():
-            if name not in data["defaults"] | {"days": 1}:
+            if name not in known:
                 raise unknown("field of fleet", name, data["defaults"], shown=30)
-            default = (data["defaults"] | {"days": 1, "sessions_per_day": 1})[name]
-            most = 1.0 if name.endswith(("_fraction", "_limit")) else 1e9
-            least = 1e-9 if most == 1 or name == "days" else 0
-            if isinstance(default, int | float) and not (isinstance(value, int | float) and least <= value <= most):
-                raise UserError(f"{name} must be a number above 0{' and at most 1' * (most == 1)}, got {value!r}")
-            if isinstance(default, list) and not isinstance(value, list):
+            share = name.endswith(("_fraction", "_limit"))
+            number = isinstance(value, int | float) and 0 <= value <= (1 if share else 1e9)
+            if isinstance(known[name], int | float) and not (number and (value or (not share and name != "days"))):
+                raise UserError(f"{name} must be a number above 0{' and at most 1' * share}, got {value!r}")
+            if isinstance(known[name], list) and not isinstance(value, list):
                 raise UserError(f"{name} must be a list, got {value!r}")
         for burst in given["bursts"]:
-            numbers = isinstance(burst, dict) and all(
-                isinstance(n, int | float) and 0 <= n < inf for n in burst.values()
-            )
+            values = burst.values() if isinstance(burst, dict) else [None]
+            numbers = all(isinstance(value, int | float) and 0 <= value < inf for value in values)
             if not (numbers and {"at_s", "sessions"} <= burst.keys() <= {"at_s", "sessions", "over_s"}):
                 raise UserError(f"fleet: burst {burst!r} must have numbers at_s and sessions, and may have over_s")
         if given["interruption_model"] not in self.interruptions:
@@ -251,10 +250,10 @@ def compare(study: Study, policies: str = "all") -> dict[str, Any]:
             skipped[name] = str(error)
     reached = {name: row["slo_attainment_fraction"] or 0.0 for name, row in rows.items()}
     meeting = [name for name, fraction in reached.items() if fraction >= PASSING_ATTAINMENT]
-    capacity = {
-        f"{model} on {gpu}": {"turns_per_s": one.target_per_s, "turns_per_s_interval": one.target_interval}
-        for (gpu, model), one in study.kinds.items()
-    }
+    capacity = {}
+    for (gpu, model), one in study.kinds.items():  # the ends of those that were used are known
+        interval = [end.target_per_s for end in vars(one).get("ends", ())] or None
+        capacity[f"{model} on {gpu}"] = {"turns_per_s": one.target_per_s, "turns_per_s_interval": interval}
     return {
         "policies": rows,
         "cheapest_meeting_slo": min(meeting, key=lambda name: rows[name]["usd_per_month"], default=None),

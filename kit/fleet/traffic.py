@@ -25,7 +25,7 @@ class Traffic:
         arrivals = self.workload.arrivals.within(days * DAY_S, daily and round(daily * days))
         starts = list(takewhile(lambda at: at < days * DAY_S, arrivals.times(np.random.default_rng([seed, 0]))))
         for burst in fleet.bursts:
-            over_s = np.linspace(0, burst.get("over_s", 0.0), burst["sessions"], endpoint=False)
+            over_s = np.linspace(0, burst.get("over_s", 0.0), int(burst["sessions"]), endpoint=False)
             starts += [day * DAY_S + burst["at_s"] + at for day in range(ceil(days)) for at in over_s.tolist()]
         self.starts_s, rng = np.sort(np.array(starts)), np.random.default_rng([seed, 6])
         self._tier, self._like = rng.random(len(starts)), rng.integers(SAMPLE, size=len(starts))
