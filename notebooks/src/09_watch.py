@@ -110,6 +110,7 @@ times["empty again"] = watched.now()
 alerts, until = watched.alerts(), times["empty again"] + 10
 while watched.now() < until and any(one["until_s"] > watched.now() - 1 for one in alerts if one["alert"] in SCALE):
     alerts = watched.alerts()
+looked_at = watched.now()
 signals = {name: watched.panel({name: query})[name] for name, (query, _, _) in SCALE.items()}
 limits = load_yaml(DATA / "watch.yaml")["thresholds"]
 
@@ -174,15 +175,13 @@ plt.show()
 firing = {one["alert"]: one for one in alerts}
 rows = []
 for name, (_, limit, for_s) in SCALE.items():
-    at = firing.get(name, {})
-    fired = at["from_s"] - times["crowd"] if at else None
-    rows.append({"alert": name, "fires above": limits[limit], "for s": for_s, "fired s after the crowd": fired})
-    rows[-1] |= {"that is, on its own clock, s": None if fired is None else fired * faster, "provenance": provenance}
+    over = next((x for x, y in zip(*signals[name], strict=True) if y > limits[limit]), np.nan)
+    later = firing[name]["from_s"] - over if name in firing else None
+    rows.append({"alert": name, "fires above": limits[limit], "for s": for_s, "over it from s": over})
+    rows[-1] |= {"fired s later": later, "on its own clock, s": later and later * faster, "provenance": provenance}
 print(notebook.table(rows))
-resolved = {name: one["until_s"] < watched.now() - 1 for name, one in firing.items()}
-print(
-    f"\nFired: {', '.join(firing) or 'none'}; ended again: {', '.join(k for k, v in resolved.items() if v) or 'none'}"
-)
+ended = [name for name, one in firing.items() if one["until_s"] < looked_at - 1]
+print(f"\nFired: {', '.join(firing) or 'none'}; ended again: {', '.join(ended) or 'none'}")
 
 # %% [markdown]
 # **Reading it.** The queue speaks at once, and has no upper end; KV usage speaks a little later, and says how much is
@@ -191,8 +190,8 @@ print(
 # contexts the cache is full while nobody waits yet.
 # So the bundle's autoscaler takes the larger of both.
 #
-# The rules' clock runs faster here, the load does not, so the last column is what this crowd would have cost had it
-# lasted.
+# The rules' clock runs faster here, the load does not: what fires after two seconds here fires after two minutes in a
+# bundle, if the crowd is still there.
 #
 # Both come too late for a burst of seconds: a new replica takes minutes to start (notebook 07).
 # What is short is absorbed by the queue, or refused with 429.
