@@ -7,6 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from kit.errors import UserError
+
+
+def _limit(param: typer.CallbackParam, value: float | None) -> float | None:
+    """A latency limit as given; refused where no answer could meet it."""
+    if value is not None and not value > 0:
+        raise UserError(f"{param.opts[0]} must be above 0, got {value:g}")
+    return value
+
+
 Model = Annotated[str, typer.Option("--model", help="model key, Hugging Face id, or path to a config.json")]
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU key of data/gpus.yaml")]
 Engine = Annotated[str, typer.Option("--engine", help="vllm, sglang, tensorrt-llm, tgi or ollama")]
@@ -25,8 +35,8 @@ MaxModelLen = Annotated[int | None, typer.Option("--max-model-len")]
 MaxNumSeqs = Annotated[int | None, typer.Option("--max-num-seqs")]
 MaxNumBatchedTokens = Annotated[int | None, typer.Option("--max-num-batched-tokens")]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager")]
-SloTtft = Annotated[float | None, typer.Option("--slo-ttft-s", help="time to first token limit, seconds")]
-SloTpot = Annotated[float | None, typer.Option("--slo-tpot-s", help="time per output token limit, seconds")]
+SloTtft = Annotated[float | None, typer.Option("--slo-ttft-s", callback=_limit, help="TTFT limit, seconds")]
+SloTpot = Annotated[float | None, typer.Option("--slo-tpot-s", callback=_limit, help="TPOT limit, seconds")]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="file of kit calibrate")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else there")]
 

@@ -51,7 +51,7 @@ def command(
     from kit.steptime import fitted
 
     _check(sessions=(sessions, 0), duration=(duration, 0), burst=(burst, 0), replicas=(replicas, 0), seed=(seed, -1),
-           ready_after=(ready_after, -1), slo_ttft_s=(slo_ttft_s, 0), slo_tpot_s=(slo_tpot_s, 0))  # fmt: skip
+           ready_after=(ready_after, -1))  # fmt: skip
     source = _source(workload, trace, trace_format)
     load = simulator.Load(source, sessions, duration, burst, seed)
     spec, card, basis = catalog.model(model), catalog.gpu(gpu), None
