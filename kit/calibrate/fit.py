@@ -78,9 +78,9 @@ class Fit:
     """Probes of one machine against the simulator with any coefficients."""
 
     def __init__(
-        self, work: Work, prior: Mapping[str, float], limits: SchedulerConfig, probes: Sequence[Measured]
+        self, work: Work, prior: Mapping[str, float], limits: SchedulerConfig, probes: Sequence[Measured], far: float
     ) -> None:
-        self.work, self.prior, self.limits = work, OWN | dict(prior), limits
+        self.work, self.prior, self.limits, self.spread = work, OWN | dict(prior), limits, SPREAD * far
         self.probes = [(one, one.chains()) for one in probes]
         self.rows = [row for number, one in enumerate(probes) for row in compared(number, one)]
         self.sigma = np.array([row.sigma for row in self.rows])
@@ -101,9 +101,9 @@ class Fit:
     def errors(self, roots: Floats) -> tuple[Floats, Floats]:
         """Errors in standard errors, with the distances from the prior in theirs, and their derivatives."""
         log, slopes = self.simulated(roots)
-        far = np.where(roots > 1, np.log(roots), roots - 1)  # an engine on a CPU is thousands of times from a GPU
-        errors = np.concatenate([(log - self.measured) / self.sigma, far / SPREAD])
-        return errors, np.concatenate([slopes / self.sigma[:, None], np.diag(1 / (SPREAD * np.maximum(1, roots)))])
+        far = np.where(roots > 1, np.log(roots), roots - 1)
+        errors = np.concatenate([(log - self.measured) / self.sigma, far / self.spread])
+        return errors, np.concatenate([slopes / self.sigma[:, None], np.diag(1 / (self.spread * np.maximum(1, roots)))])
 
     def solve(self) -> Floats:
         """Roots by group: Gauss-Newton steps, in which figures that nothing fits count less and less.

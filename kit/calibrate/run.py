@@ -24,6 +24,7 @@ from kit.workload import Session, Turn
 
 BUDGET_S = 600.0
 SATURATED = 1.1  # a rung that gives less than this many times the tokens of the one before is the last
+CPU_FAR = 10.0  # how much farther an engine without a GPU may be from a GPU's coefficients
 Log = Callable[[str], object]
 
 
@@ -49,7 +50,7 @@ def calibrate(
     prior = fitted(model, gpu, resolved).coefficients
     steps = StepTime(work(model, gpu, resolved), OWN | dict(prior))
     probes = _probe(server, limits, steps, budget_s, *_kept(out, {**of, "budget_s": budget_s}, log), log)
-    fit = Fit(steps.work, prior, limits, probes)
+    fit = Fit(steps.work, prior, limits, probes, CPU_FAR if on_cpu else 1.0)
     roots = fit.solve()
     factors, on = fit.factors_90(roots), "emulator" if server.kind != "live" else "cpu" if on_cpu else "gpu"
     found = Calibration(

@@ -114,6 +114,17 @@ def test_limits_may_differ_and_open_options_are_the_servers(found) -> None:
     assert load(found).apply(*CASE[:2], EngineConfig(max_num_seqs=64))[0].max_num_seqs == 64
 
 
+def test_an_engine_without_a_gpu_is_found_from_a_gpus_datasheet() -> None:
+    limits, steps, _ = replica(*CASE)
+    slow = {"gemm_bf16": 2500, "attn": 1500, "read": 15, "kv": 40, "layer": 3, "fixed": 3, "row": 5, "api": 0.5}
+    truth = StepTime(steps.work, {name: value * slow.get(name, 1) for name, value in steps.coefficients.items()})
+    done = calibrate(*CASE, VirtualServer(limits, truth), budget_s=30_000, on_cpu=True, log=lambda text: None)
+    assert done.told()["provenance"].startswith("calibrated on an emulator")
+    alone = [row for row in done.probes if row["probe"] in ("one", "prefill") and row["requests"] > 1]
+    assert max(row["measured_s"] / row["before_s"] for row in alone) > 500
+    assert np.median([abs(row["after_s"] / row["measured_s"] - 1) for row in alone]) < 0.02
+
+
 class Failing(VirtualServer):
     """Goes away at its fourth probe."""
 
