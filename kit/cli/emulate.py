@@ -15,6 +15,7 @@ from kit.errors import UserError
 
 if TYPE_CHECKING:
     from kit.engine_config import EngineConfig
+    from kit.scheduler import StepTime
 
 
 @o.engine_options
@@ -36,7 +37,8 @@ def command(
     from kit.engine_config import resolve
 
     spec, card = catalog.model(model), catalog.gpu(gpu)
-    limits, step_time, warnings = simulator.replica(spec, card, config)
+    limits, fitted, warnings = simulator.replica(spec, card, config)
+    step_time: StepTime = fitted
     limits = replace(limits, max_num_queued_reqs=max_num_queued_reqs)
     if truth is not None:
         limits, step_time = hide(truth, limits, step_time)
