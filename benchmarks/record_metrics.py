@@ -91,7 +91,11 @@ def give_up(host: str, port: int, model: str) -> None:
 def engine_page(engine: str) -> tuple[str, str]:
     """The page of the engine in .engines after it served, and its version."""
     model, data = ENVIRONMENTS / "tiny-model", engine_data(engine)
-    flags = {"--enable-metrics": "", "--max-total-tokens": 512} if engine == "sglang" else {}
+    flags = (
+        {"--enable-metrics": "", "--max-total-tokens": 512, "--schedule-conservativeness": 0.01}
+        if engine == "sglang"
+        else {}
+    )
     with tempfile.TemporaryDirectory() as folder:
         at = launch(engine, str(model), flags, port=free_port(), served_model_name="tiny")
         with start(at, Path(folder) / "log", tell=print) as running:
