@@ -250,13 +250,14 @@ def real_table(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"In real time, {REAL_S:g} s of the same loads over HTTP; the emulator's client and server share the machine:",
         "",
-        "| what limits | max_num_seqs | good turns/s in virtual time | in real time | tuned |",
-        "|---|---|---|---|---|",
+        "| what limits | max_num_seqs | good turns/s in virtual time | in real time | tuned | client in time |",
+        "|---|---|---|---|---|---|",
     ]
     for one in rows:
         values = [f"{one[way]['goodput_requests_per_s']:.2f}" for way in ("virtual", "real")]
         tuned = "yes" if one["max_num_seqs"] == one["chosen"] else ""
-        cells = [SETTINGS[one["setting"]].what, str(one["max_num_seqs"]), *values, tuned]
+        late = any("the client was the limit" in text for text in one["real"]["warnings"])
+        cells = [SETTINGS[one["setting"]].what, str(one["max_num_seqs"]), *values, tuned, "no" if late else "yes"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if rows else ""
 
