@@ -252,6 +252,7 @@ def test_other_engines_drop_in(tmp_path, engine, flag):
         assert flag in service["command"]
     else:
         assert service["environment"]["OLLAMA_CONTEXT_LENGTH"] == "8192"
+        assert "command" not in service, "compose refuses a command that is null"
 
 
 def test_several_engines_on_one_gpu_want_shares_and_say_what_they_cost(tmp_path):
