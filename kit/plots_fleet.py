@@ -39,7 +39,7 @@ def pareto(
     ax.minorticks_off()
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     told = f"{chosen}: {policies[chosen]['usd_per_month']:,.0f} USD a month" if chosen else "None of these policies"
-    plots._headline(ax, f"{told}, {least:.0%} of the turns within the SLO", under)
+    plots._headline(ax, f"{told}, at least {least:.0%} of the turns within the SLO", under)
     return ax
 
 

@@ -81,7 +81,7 @@ def build(shape, chosen, horizon_s, seed, **fields):
     return Fleet(made, chosen, horizon_s, seed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(GROUPS, st.booleans(), st.booleans(), st.integers(0, 99), st.sampled_from([0.0, 30.0, 120.0]))
 def test_every_turn_ends_in_one_count_and_every_hour_is_paid(shape, resume, sticky, seed, notice_s):
     fleet = build(shape, options(resume=resume, sticky=sticky), HOUR, seed, interruption_notice_s=notice_s)
@@ -106,7 +106,7 @@ def test_every_turn_ends_in_one_count_and_every_hour_is_paid(shape, resume, stic
     assert day.lost == 0 or any(one.end_s < np.inf for one in lives)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(GROUPS, st.booleans(), st.integers(0, 99), st.lists(st.integers(0, 400), min_size=5, max_size=240))
 def test_the_minute_model_keeps_every_turn(shape, resume, seed, turns):
     fleet = build(shape, options(resume=resume), HOUR, seed)

@@ -33,7 +33,7 @@ def test_pareto_rings_the_chosen_policy_and_draws_both_intervals(ax):
     }
     plots_fleet.pareto(rows, "on-demand", 0.95, "under", ax=ax)
     title = ax.get_title("left") or ax.get_title()
-    assert title == "on-demand: 1,400 USD a month, 95% of the turns within the SLO"
+    assert title == "on-demand: 1,400 USD a month, at least 95% of the turns within the SLO"
     (ring,) = [line for line in ax.lines if line.get_markersize() == 16]
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (1400.0, 1.0)
     bars = [one.get_segments()[0] for box in ax.containers for one in box[2]]

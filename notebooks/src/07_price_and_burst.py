@@ -77,7 +77,8 @@ per_month = len(study.traffic.starts_s) / days * 30 / 1000  # thousands of conve
 
 # %%
 heads = {"policy": "policy", "usd": "USD/month", "90 %": "90 %, sized anew", "per_1k": "per 1k conv."}
-heads |= {"met": "within SLO", "if slow or fast": "90 %, as it is", "lost": "lost turns", "provenance": "provenance"}
+heads |= {"met": "within SLO", "if slow or fast": "90 %, as it is", "lost": "lost", "provenance": "provenance"}
+heads["stale"] = "stale price"
 ranked = sorted(rows.items(), key=lambda one: one[1]["usd_per_month"])
 lines = [
     {"policy": name, "usd": row["usd_per_month"], "per_1k": row["usd_per_1k_conversations"]}
@@ -85,6 +86,7 @@ lines = [
     | {"met": row["slo_attainment_fraction"] and f"{row['slo_attainment_fraction']:.2%}"}
     | {"if slow or fast": (ends := row["slo_attainment_interval"]) and "{:.1%} to {:.1%}".format(*ends)}
     | {"provenance": "quoted" if row["method"] == "quoted" else "modelled"}
+    | {"stale": any(price["is_stale"] for price in row["prices"])}
     for name, row in ranked
 ]
 
@@ -107,6 +109,7 @@ plt.show()
 # as fast, as the model may be wrong.
 # The bar across is what the fleet *as it is* would keep on such machines.
 # A per-token API publishes no attainment, so its dashed line is a price and no answer.
+# *Stale* means that one of the policy's prices is older than 90 days today or of unknown date: ask again.
 #
 # **Predict** before you read on: how much of a month is this fleet idle?
 #
@@ -439,9 +442,11 @@ sure = [
 safest = min(sure)[1] if sure else "none of these"
 
 # %%
+quoted = [f"{price['provider']}, {price['date'] or 'undated'}" for price in best["prices"]]
 decision = [
     f"Policy: {name} on {study.gpu}, {met:.2%} of the turns within the SLO",
     f"USD per month: {best['usd_per_month']:,.0f} ({low:,.0f} to {high:,.0f}, 90 % of a replica's speed)",
+    "Prices: " + "; ".join(dict.fromkeys(quoted)),
     f"USD per 1,000 conversations: {each:.2f} ({low / per_month:.2f} to {high / per_month:.2f})",
     f"Cheapest that keeps the SLO even at the slow end: {safest}",
 ]
