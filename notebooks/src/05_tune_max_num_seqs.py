@@ -90,8 +90,9 @@ goal = question.goal()
 scratch = tempfile.TemporaryDirectory()
 folder = Path(recorded_run if source == "recorded" else f"{output_dir}/load" if output_dir else scratch.name)
 how = How(1 if question.way == "base_url" else max_boots, api_key_env or None, own=False)
-levels = []
-result = answer(question, folder, how, lambda one: levels.append(one) or print(f"{len(levels):>3} measured", end="\r"))
+if question.way != "simulate":
+    print(f"Measuring; what is there so far stands in {folder / 'tuning.jsonl'}")
+result = answer(question, folder, how)
 
 # %%
 chosen, levels = result.recommended.get("max_num_seqs"), result.evidence
@@ -233,8 +234,10 @@ print(notebook.table(rows, {name: text for name, text in heads.items() if rows a
 
 # %% [markdown]
 # **Reading it.** Too small a value wastes the engine at any load: turns wait although a place would cost nothing.
-# Too large a one costs nothing while the load leaves the batch half empty, and much when it does not, because then
-# all turns are late instead of some.
+# Above the best value this load seldom fills the batch, so that a larger one hardly shows; what a full batch of that
+# size costs is in the closed loops above.
+# Beyond what the machine carries no value helps all turns, and the admission limits below keep those in time that are
+# let in.
 # The default is a guess for any load.
 #
 # ## Which flags go with it?
