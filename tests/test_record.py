@@ -321,6 +321,17 @@ def upstream_of_nothing() -> Any:
     return Target("http://127.0.0.1:1", "")
 
 
+def test_a_client_that_closes_after_the_last_event_has_its_answer(tmp_path: Path) -> None:
+    recorder = Recorder(upstream_of_nothing(), tmp_path / "r.jsonl")
+    for done, failure in ((True, None), (False, "client_left")):
+        answer = Answer.__new__(Answer)
+        answer.connection = answer.reason = None
+        answer.done, answer.times, answer.status, answer._is_events = done, [1.0], 200, True  # type: ignore[assignment]
+        answer.over = lambda: None  # type: ignore[method-assign]
+        recorder.cancel(answer)
+        assert answer.failure() == failure
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "ftp://x", "127.0.0.1:80", "http://"])
 def test_a_bad_upstream_is_named(url: str) -> None:
     with pytest.raises(UserError, match="--upstream"):

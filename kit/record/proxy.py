@@ -210,7 +210,8 @@ class Recorder:
 
     def cancel(self, answer: Answer) -> None:
         """The client is gone: so is the upstream's reason to go on."""
-        answer.reason = answer.reason or "client_left"
+        answer.complete = answer.done  # it has all, and need not wait for the end of the connection
+        answer.reason = answer.reason or (None if answer.done else "client_left")
         if answer.connection is not None:
             answer.connection.answer = None
             answer.connection.transport.abort()
