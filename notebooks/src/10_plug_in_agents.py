@@ -45,6 +45,7 @@ import json
 import os
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 
+# %%
 from kit import article, measure, notebook, plots, simulator
 from kit import scenario as scenarios
 from kit import workload as workloads
@@ -61,6 +63,7 @@ from kit.loadgen import Options
 from kit.loadgen.plan import own_arrivals
 from kit.simulator.answers import answers
 
+# %% tags=["nbval-ignore-output"]
 case = scenarios.load(scenario)
 names = {"gpu": gpu, "model": model or case.model, "scenario": scenario}
 run = notebook.begin("10_plug_in_agents", **names, source=source, output_dir=output_dir)
@@ -94,17 +97,17 @@ ran_here = python.exists() and not recording
 if ran_here:
     file = Path(tempfile.mkdtemp(prefix="agents-", dir=output_dir or None)) / "agents.jsonl"
     proxy = measure.record(bench.target, file)
+
+# %% tags=["nbval-ignore-output"]
+key = {"OPENAI_API_KEY": os.environ.get(api_key_env, "none")}
+if ran_here:
     ask = f"--base-url {proxy.launch.base_url} --model {bench.target.model}".split()
-    key = {"OPENAI_API_KEY": os.environ.get(api_key_env, "none")}
-    jobs = [
-        subprocess.Popen([python, *script.split(), *ask], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                         cwd=root / "notebooks/agents", env=os.environ | key)
-        for script in scripts
-    ]  # fmt: skip
-    said = [job.communicate(timeout=240)[0].splitlines() for job in jobs]
-    told = [json.loads(lines[-1]) for lines in said if lines]
-    print("".join(f"{script} did not finish\n" for script, lines in zip(scripts, said, strict=True) if not lines))
+    more = {"capture_output": True, "cwd": root / "notebooks/agents", "env": os.environ | key, "timeout": 240}
+    with ThreadPoolExecutor(len(scripts)) as pool:
+        done = list(pool.map(lambda script: subprocess.run([python, *script.split(), *ask], **more), scripts))
+    told = [json.loads(one.stdout.splitlines()[-1]) for one in done if not one.returncode]
     proxy.stop()
+    print("".join(f"{' '.join(one.args[1:3])} did not finish\n" for one in done if one.returncode))
 print("The agents ran here" if ran_here else f"No agents ran here (make agents installs them): recording {file.name}")
 
 # %%
@@ -177,7 +180,7 @@ print(notebook.table(rows))
 # The one with the most calls leads three specialists, which are agents themselves.
 
 # %%
-under = f"{measure.LABELS[bench.source]} · {config.gpu_count}x {plots.short_name(run.gpu)} · tools take 50 and 120 ms"
+under = f"{measure.label(bench.source, base_url)} · {config.gpu_count}x {plots.short_name(run.gpu)} · tools take 50 and 120 ms"
 plt.figure(figsize=(9, 4.6))
 plots.agents_timeline(calls, under)
 plt.show()
