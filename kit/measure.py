@@ -9,6 +9,7 @@ import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from zlib import crc32
 
 import pandas as pd
@@ -20,11 +21,13 @@ from kit.engines.control import Engine, start
 from kit.engines.launch import Launch, free_port
 from kit.errors import UserError
 from kit.loadgen import Level, Options, Target
+from kit.telemetry import GpuSampler
 
 LABELS = {
     "emulator": "emulator: the modelled engine, not a GPU's speed",
     "live": "live server, measured by this client",
     "recorded": "recorded run, measured",
+    "cpu": "live server on this host without a GPU: its behaviour, never a GPU's speed",
 }
 
 
@@ -85,6 +88,12 @@ def bench(
     source = "emulator" if card.get("emulated") else source  # ours says so; nothing of it is a measured speed
     served = replace(target, model=card["id"])
     return Bench(source, served, folder or Path(scratch.name), options, scratch=scratch)
+
+
+def label(source: str, base_url: str = "") -> str:
+    """Where numbers come from, in the words that stand under each figure; a server of this host has its GPU or none."""
+    here = urlsplit(base_url).hostname in (None, "localhost", "127.0.0.1", "::1")
+    return LABELS["cpu" if source == "live" and here and not GpuSampler().handles else source]
 
 
 def recordings() -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter
 
 from kit.catalog import GpuSpec, ModelSpec, gpu_keys
 from kit.engine_config import EngineConfig
@@ -31,7 +31,7 @@ PARTS = {
     "weights": "#3f90da", "activation": "#ffa90e", "outside PyTorch": "#832db6", "CUDA graphs": "#a96b59",
     "KV pool": "#8fc98b", "outside the share": "#e3e6ea",
 }  # fmt: skip
-_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def gpu_colour(key: str) -> str:
@@ -91,8 +91,8 @@ def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axe
         ends.append((end, number + short_name(one.memory.gpu), colour))
     ax.axhline(1, color="#555b63", linewidth=0.8, linestyle=":")
     ax.plot(*asked, marker="X", markersize=10, color="#1f2429", linestyle="none")
-    ax.text(asked[0] * 0.86, asked[1], f"asked: {asked[1]:,}", ha="right", va="center", bbox=_BOX)
-    _log2(ax, contexts)
+    ax.text(asked[0] * 0.86, asked[1], f"asked: {asked[1]:,}", ha="right", va="center", bbox=BOX)
+    log2_ticks(ax, contexts)
     ax.set(yscale="log", xlabel="Context of a session (tokens)", ylabel="Sessions in the KV pool")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1 else "none"))
     _label_ends(ax, contexts[-1], ends)
@@ -121,7 +121,7 @@ def pool_by_max_num_seqs(
         ax.annotate("default", at, xytext=place, textcoords="offset points", fontsize=9, ha=side)
         ends.append((pools[-1], f"{config.engine} {version}", colour))
         lost.append(f"{pools[0] - pools[-1]:.1f} GiB in {version}")
-    _log2(ax, seqs)
+    log2_ticks(ax, seqs)
     _label_ends(ax, seqs[-1], ends)
     ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
     _title(ax, f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}", default)
@@ -138,7 +138,7 @@ def calls_per_minute(times_s: Mapping[str, Floats], under: str, *, ax: Axes | No
     ax.set(xlabel="Time (minutes)", ylabel="Calls per minute")
     ax.legend(loc="upper left")
     most = ", ".join(f"{max(count):,} ({name})" for name, count in counts.items())
-    _headline(ax, f"Calls in the busiest minute: {most}", under)
+    headline(ax, f"Calls in the busiest minute: {most}", under)
     return ax
 
 
@@ -156,7 +156,7 @@ def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | Non
     ax.legend([Patch(color=one) for one in colours.values()], [*colours], loc="upper left")
     busy = (turns["end_s"] - turns["arrival_s"]).sum()
     ax.set(xlabel="Time in the session (s)", ylabel="Context (tokens)")
-    _headline(ax, f"{len(turns)} calls; in the model for {busy / span:.0%} of the session", under)
+    headline(ax, f"{len(turns)} calls; in the model for {busy / span:.0%} of the session", under)
     return ax
 
 
@@ -177,7 +177,7 @@ def agents_timeline(calls: Any, under: str, *, ax: Axes | None = None) -> Axes:
         (calls["end_s"] - starts).groupby(calls["agent"]).max().sum(),
     )
     finding = f"{len(calls)} calls of {len(names)} sessions; {busy / span:.2g} calls in flight per agent"
-    _headline(ax, finding, under)
+    headline(ax, finding, under)
     return ax
 
 
@@ -193,7 +193,7 @@ def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str,
     ax.set(xscale="log", xlabel="Idle KV per active KV (token-seconds)", ylabel="Prompt tokens found cached")
     ax.set(ylim=(0, 1.05))
     ax.legend(loc="lower right")
-    _headline(ax, "Keeping KV longer finds more of it, and holds more of it idle", under)
+    headline(ax, "Keeping KV longer finds more of it, and holds more of it idle", under)
     return ax
 
 
@@ -206,71 +206,8 @@ def lines_over(curves: Mapping[str, tuple[Any, Any]], finding: str, under: str, 
     ax.set_ylim(bottom=0)
     last = max(x[-1] for x, _ in curves.values())
     _label_ends(ax, last, [(y[-1], name, f"C{i}") for i, (name, (_, y)) in enumerate(curves.items())])
-    _headline(ax, finding, under)
+    headline(ax, finding, under)
     return ax
-
-
-def throughput_over_ttft(
-    curve: Sequence[Mapping[str, Any]], predicted: Sequence[Mapping[str, Any]], limit_s: float, under: str
-) -> Axes:
-    """Output tokens per second over TTFT, a point per concurrency: p90 filled, p99 hollow; the prediction a line."""
-    ax = plt.gca()
-    parts = (("p90", curve, "C0", "o--", "C0"), ("p99", curve, "C2", "s:", "white"), ("p90", predicted, "C1", "--", ""))
-    for part, rows, colour, style, face in parts:
-        known = [row for row in rows if row[f"ttft_{part}_s"] is not None]
-        x, y = ([row[name] for row in known] for name in (f"ttft_{part}_s", "output_tokens_per_s"))
-        label = part if rows is curve else f"{part}, kit predict (modelled)"
-        ax.plot(x, y, style, color=colour, label=label, markerfacecolor=face or None)
-        for row in known if rows is curve and part == "p90" else ():
-            at = row["ttft_p90_s"], row["output_tokens_per_s"]
-            ax.annotate(row["concurrency"], at, xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=9)
-    ax.axvline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":")
-    ax.text(limit_s, 0.02, f" limit {limit_s:g} s", transform=ax.get_xaxis_transform(), va="bottom")
-    ax.set(xscale="log", xlabel="TTFT (s)", ylabel="Output tokens per second", ylim=(0, None))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.minorticks_off()
-    ax.legend(loc="upper left", title="at n streams", alignment="left")
-    within = [row for row in curve if row["ttft_p90_s"] is not None and row["ttft_p90_s"] <= limit_s]
-    best = max(within, key=lambda row: float(row["output_tokens_per_s"]), default=None)
-    told = "At {concurrency} streams {output_tokens_per_s:,.0f} tokens/s" if best else "No level"
-    _headline(ax, f"{told.format(**best or {})} with p90 TTFT within {limit_s:g} s", under)
-    return ax
-
-
-def goodput_by_limit(
-    levels: Sequence[Mapping[str, Any]],
-    limits: Mapping[str, int | None],
-    chosen: int | None,
-    slo_ttft_s: float,
-    under: str,
-) -> tuple[Axes, Axes]:
-    """Goodput above, p95 TTFT below, over the turns that may run; limits and the choice as upright lines."""
-    top, bottom = plt.gcf().subplots(2, 1, sharex=True, gridspec_kw={"hspace": 0.12})
-    kinds = {"open": "arriving, with the burst", "closed": "always so many ready"}
-    for (kind, label), style in zip(kinds.items(), ("o-", "s--"), strict=True):
-        found = [one for one in levels if one["kind"] == kind]
-        rows = {min(one["max_num_seqs"], one["concurrency"] or one["max_num_seqs"]): one for one in found}
-        rows = dict(sorted(rows.items()))
-        top.plot([*rows], [one["goodput_requests_per_s"] for one in rows.values()], style, label=label)
-        known = {n: one["ttft_s"]["p95"] for n, one in rows.items() if one["ttft_s"]["p95"] is not None}
-        bottom.plot([*known], [*known.values()], style)
-    bottom.axhline(slo_ttft_s, color="#1f2429", linewidth=0.9, linestyle=":")
-    bottom.text(1, slo_ttft_s, f"limit {slo_ttft_s:g} s", va="bottom", fontsize=9)
-    for height, (name, at) in enumerate((name, at) for name, at in limits.items() if at):
-        for ax in (top, bottom):
-            ax.axvline(at, color="#667079", linewidth=0.9, linestyle=":")
-        spot = {"xytext": (3, -12 - 12 * height), "textcoords": "offset points", "fontsize": 8, "bbox": _BOX}
-        top.annotate(f"{name} {at}", (at, 1), xycoords=top.get_xaxis_transform(), **spot)
-    for ax in (top, bottom):
-        ax.axvline(chosen or 1, color="#b4231f", linewidth=1.6)
-    top.set(ylabel="Turns in time per second", ylim=(0, None))
-    bottom.set(yscale="log", ylabel="TTFT p95 (s)", xlabel="Turns at once: --max-num-seqs")
-    most = max(one["max_num_seqs"] for one in levels)
-    _log2(bottom, [2**power for power in range(int(np.log2(most)) + 1)])
-    top.legend(loc="center left")
-    _headline(top, f"{chosen} at once serve most turns in time" if chosen else "No value serves turns in time", under)
-    return top, bottom
 
 
 def spans(
@@ -299,7 +236,7 @@ def spans(
         colours = [Patch(color=f"C{index}") for index in range(len(groups))]
         below = -0.8 / plt.gcf().get_figheight()
         ax.legend(colours, groups, loc="upper center", bbox_to_anchor=(0.45, below), ncols=len(groups))
-    _headline(ax, finding, under)
+    headline(ax, finding, under)
     return ax
 
 
@@ -315,15 +252,15 @@ def subtitle(memory: MemoryPlan) -> str:
 
 
 def _title(ax: Axes, finding: str, memory: MemoryPlan) -> None:
-    _headline(ax, finding, subtitle(memory))
+    headline(ax, finding, subtitle(memory))
 
 
-def _headline(ax: Axes, finding: str, subtitle: str) -> None:
+def headline(ax: Axes, finding: str, subtitle: str) -> None:
     ax.set_title(finding, pad=22)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#667079", va="bottom")
 
 
-def _log2(ax: Axes, ticks: Sequence[int]) -> None:
+def log2_ticks(ax: Axes, ticks: Sequence[int]) -> None:
     """A log2 x axis with its ticks written out, 1,024 as 1K."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])

@@ -39,7 +39,7 @@ def pareto(
     ax.minorticks_off()
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     told = f"{chosen}: {policies[chosen]['usd_per_month']:,.0f} USD a month" if chosen else "None of these policies"
-    plots._headline(ax, f"{told}, at least {least:.0%} of the turns within the SLO", under)
+    plots.headline(ax, f"{told}, at least {least:.0%} of the turns within the SLO", under)
     return ax
 
 
@@ -67,5 +67,5 @@ def fleet_day(day: FleetDay, turns: Any, limit_s: float | None, under: str) -> l
     ttft.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     ttft.minorticks_off()
     ttft.legend(loc="upper left", ncols=3)
-    plots._headline(load, f"{len(turns):,} turns; {turns.good.mean():.1%} within the SLO, {day.lost} lost", under)
+    plots.headline(load, f"{len(turns):,} turns; {turns.good.mean():.1%} within the SLO, {day.lost} lost", under)
     return [load, machines, ttft]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,3 +92,12 @@ def test_the_emulator_ends_with_a_killed_caller():
     while Path(f"/proc/{emulator}").exists() and time.monotonic() < until:
         time.sleep(0.05)
     assert not Path(f"/proc/{emulator}").exists()
+
+
+def test_a_live_server_of_a_host_without_a_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "GpuSampler", lambda: SimpleNamespace(handles=[]))
+    assert measure.label("live", "http://127.0.0.1:8000") == measure.label("live") == measure.LABELS["cpu"]
+    assert measure.label("live", "https://gpu.example/v1") == measure.LABELS["live"]
+    assert measure.label("emulator", "http://127.0.0.1:8000") == measure.LABELS["emulator"]
+    monkeypatch.setattr(measure, "GpuSampler", lambda: SimpleNamespace(handles=["one"]))
+    assert measure.label("live", "http://127.0.0.1:8000") == measure.LABELS["live"]

@@ -6,7 +6,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
-from kit import catalog, plots, scenario
+from kit import catalog, plots, plots_load, scenario
 from kit.catalog.paths import DATA
 from kit.engine_config import EngineConfig
 from kit.memory import plan
@@ -141,7 +141,7 @@ def test_throughput_over_ttft(ax):
         {"concurrency": n, "output_tokens_per_s": rate, "ttft_p90_s": p90, "ttft_p99_s": p99}
         for n, rate, p90, p99 in ((1, 100.0, 0.02, None), (16, 900.0, 0.3, None), (64, 1500.0, 0.9, 1.2))
     ]
-    plots.throughput_over_ttft(curve, [{"ttft_p90_s": 0.03, "output_tokens_per_s": 90.0}], 0.5, "below")
+    plots_load.throughput_over_ttft(curve, [{"ttft_p90_s": 0.03, "output_tokens_per_s": 90.0}], 0.5, "below")
     p90, p99, predicted, limit = ax.lines
     assert list(p90.get_xdata()) == [0.02, 0.3, 0.9]
     assert list(p99.get_xdata()) == [1.2]  # unknown ones are left out
@@ -152,7 +152,7 @@ def test_throughput_over_ttft(ax):
 
 
 def test_no_level_within_the_limit(ax):
-    plots.throughput_over_ttft(
+    plots_load.throughput_over_ttft(
         [{"concurrency": 1, "output_tokens_per_s": 9.0, "ttft_p90_s": None, "ttft_p99_s": None}], [], 0.5, "below"
     )
     assert "No level with p90 TTFT within 0.5 s" in said(ax)
@@ -177,7 +177,7 @@ def test_goodput_by_limit():
 
     levels = [level("closed", 64, 1, 1.0, None), level("closed", 64, 32, 9.0, 0.4), level("open", 64, 16, 5.0, 0.9)]
     levels += [level("open", 64, None, 8.0, 0.3), level("open", 32, None, 8.5, 0.2)]
-    top, bottom = plots.goodput_by_limit(levels, {"tpot": 40, "kv_cache": None}, 32, 0.5, "below")
+    top, bottom = plots_load.goodput_by_limit(levels, {"tpot": 40, "kv_cache": None}, 32, 0.5, "below")
     opened, closed, tpot, chosen = top.lines
     assert [*opened.get_xdata(), *opened.get_ydata()] == [16, 32, 64, 5.0, 8.5, 8.0]  # by what the engine may run
     assert list(closed.get_xdata()) == [1, 32]

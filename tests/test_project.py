@@ -33,7 +33,7 @@ RANKS = {
     11: ["fleet"],
     12: ["deploy"],
     13: ["plots", "accuracy", "article"],
-    14: ["notebook", "plots_fleet", "report"],
+    14: ["notebook", "plots_fleet", "plots_load", "report"],
     15: ["compare", "run"],
     16: ["live"],
     17: ["cli"],

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -209,8 +209,10 @@ def emulated(question: Question, folder: Path) -> bool:
 
 
 def _held(file: Path) -> dict[str, Any]:
-    """What the file of a tuning answers; nothing where there is none."""
-    return dict(json.loads(file.open(encoding="utf-8").readline())["asked"]) if file.exists() else {}
+    """What the file of a tuning answers; nothing where there is none, or a kill cut its first line."""
+    with suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["asked"])
+    return {}
 
 
 def neighbours(

@@ -54,7 +54,7 @@ import jsonschema
 import numpy as np
 from matplotlib import pyplot as plt
 
-from kit import article, measure, notebook, plots
+from kit import article, measure, notebook, plots, plots_load
 from kit import scenario as scenarios
 from kit import workload as workloads
 from kit.decision import decide
@@ -109,7 +109,7 @@ best_level = max(in_time, key=lambda row: row["output_tokens_per_s"], default=No
 wave, wave_frame = summaries[-1], frames[-1]
 
 # %%
-label, how = measure.LABELS[bench.source], "modelled" if bench.source == "emulator" else "measured"
+label, how = measure.label(bench.source, base_url), "modelled" if bench.source == "emulator" else "measured"
 speeds = [f"{row['output_tokens_per_s'] or 0:,.0f}" for row in curve]
 keeps = "none of the levels" if best_level is None else "{concurrency} streams".format(**best_level)
 passing = "unknown, the client was the limit" if wave["verdict"] != "VALID" else wave["burst"]["largest_passing_burst"]
@@ -196,7 +196,7 @@ predicted = [{"output_tokens_per_s": one["output_tokens_per_s"], "ttft_p90_s": o
 # %%
 verdicts = ", ".join(dict.fromkeys(row["verdict"] for row in curve))
 under = f"{label} · {full.gpu_count}x {plots.short_name(run.gpu)}"
-plots.throughput_over_ttft(curve, predicted, limit_s, f"{under} · client {verdicts}")
+plots_load.throughput_over_ttft(curve, predicted, limit_s, f"{under} · client {verdicts}")
 plt.show()
 
 # %% [markdown]

@@ -53,7 +53,7 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from kit import article, measure, notebook, plots
+from kit import article, measure, notebook, plots, plots_load
 from kit import scenario as scenarios
 from kit.decision import decide
 from kit.engine_config import resolve
@@ -97,7 +97,7 @@ result = answer(question, folder, how)
 # %%
 chosen, levels = result.recommended.get("max_num_seqs"), result.evidence
 modelled = emulated(question, folder)
-label, provenance = measure.LABELS["emulator" if modelled else source], "modelled" if modelled else "measured"
+label, provenance = measure.label("emulator" if modelled else source, base_url), "modelled" if modelled else "measured"
 verdict = "confirmed by a start of its own" if result.confirmed else "not confirmed"
 told = [f"Source: {label}"]
 told += [f"Tuned: {full.gpu_count}x {run.gpu.key}, {run.model.key}, {full.engine} {full.engine_version}"]
@@ -175,7 +175,7 @@ print(notebook.table(open_rows, heads) if open_rows else "No load was tried")
 # %%
 under = f"{label} · {full.gpu_count}x {plots.short_name(run.gpu)}"
 plt.figure(figsize=(8, 6.4))
-plots.goodput_by_limit(levels, result.limits, chosen, goal.slo_ttft_s, under)
+plots_load.goodput_by_limit(levels, result.limits, chosen, goal.slo_ttft_s, under)
 plt.show()
 
 # %% [markdown]

@@ -114,6 +114,8 @@ print("The agents ran here" if ran_here else f"No agents ran here (make agents i
 calls = pd.read_json(file, lines=True).iloc[1:].reset_index(drop=True)
 calls["agent"] = calls["session"].str.extract(r"^(\w+-\w+)")[0].fillna(calls["session"])
 calls["framework"] = calls["agent"].str.extract(r"^(\w+)")[0]
+
+# %%
 agents = calls.groupby("agent")
 works = calls.groupby("framework")
 good = [name for name, one in works if one["tool_results"].any() and one["first_token_s"].notna().all()]
@@ -180,7 +182,10 @@ print(notebook.table(rows))
 # The one with the most calls leads three specialists, which are agents themselves.
 
 # %%
-under = f"{measure.label(bench.source, base_url)} · {config.gpu_count}x {plots.short_name(run.gpu)} · tools take 50 and 120 ms"
+where = f"{config.gpu_count}x {plots.short_name(run.gpu)}"
+under = f"{measure.label(bench.source, base_url)} · {where} · tools take 50 and 120 ms"
+
+# %%
 plt.figure(figsize=(9, 4.6))
 plots.agents_timeline(calls, under)
 plt.show()
