@@ -575,7 +575,7 @@ SERVER = ["--base-url", "http://127.0.0.1:9", "--model", "m"]
         ([*SERVER, "--trace", "none.csv", "--trace-format", "azure"], "none.csv"),
         ([*SERVER, *LENGTHS, "--burst", "2", "--api-key-env", "NO_SUCH"], "NO_SUCH"),
         ([*SERVER, *LENGTHS, "--burst", "2", "--endpoint", "embed"], "embed"),
-        ([*SERVER, *LENGTHS, "--burst", "2", "--slo-ttft-s", "0"], "--slo-ttft-s 0"),
+        ([*SERVER, *LENGTHS, "--burst", "2", "--slo-ttft-s", "0"], "--slo-ttft-s must be above 0"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:

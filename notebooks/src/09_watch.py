@@ -56,12 +56,15 @@ from kit.deploy import Source
 from kit.deploy.scene import SCALE, scene
 from kit.deploy.watch import panels
 from kit.errors import UserError
+
+# %%
 from kit.loadgen import Options, fixed_sessions, level
 from kit.loadgen import measure as load
 from kit.memory.packing import pack
 from kit.memory.sessions import Demand
 from kit.units import gib
 
+# %% tags=["nbval-ignore-output"]
 if source == "recorded":
     raise UserError("source 'recorded': a recorded run has no metrics page to watch; choices: emulator, live")
 case = scenarios.load(scenario)
@@ -91,6 +94,8 @@ held, length = 12, 1024
 room = Demand(length, held)
 (share,) = pack(run.gpu, [(run.model, replace(config, max_model_len=length), room)]).shares
 small = replace(config, max_model_len=length, gpu_memory_utilization=min(0.98, share.gpu_memory_utilization))
+
+# %%
 case = case.model_copy(update={"model": names["model"]})
 watched = scene(Source(case, gpu, engine), small, 2, faster, base_url, api_key_env)
 provenance = "modelled" if watched.emulated else "measured"
@@ -100,6 +105,8 @@ print(f"Watched: {watched.how} ({provenance})")
 ask, quiet = fixed_sessions(900, 120), Options(log=lambda line: None)
 calm = level("concurrency", calm_streams, ask, duration_s=calm_s)
 crowd = level("concurrency", crowd_streams, ask, duration_s=crowd_s)
+
+# %%
 times = {"empty": watched.now()}
 for name, one in {"calm": calm, "crowd": crowd}.items():
     times[name] = watched.now()
@@ -111,6 +118,8 @@ alerts, until = watched.alerts(), times["empty again"] + 10
 while watched.now() < until and any(one["until_s"] > watched.now() - 1 for one in alerts if one["alert"] in SCALE):
     alerts = watched.alerts()
 looked_at = watched.now()
+
+# %%
 signals = {name: watched.panel({name: query})[name] for name, (query, _, _) in SCALE.items()}
 limits = load_yaml(DATA / "watch.yaml")["thresholds"]
 
@@ -124,6 +133,8 @@ for place, name in enumerate(times):
         what: max((y for x, y in zip(*curve, strict=True) if begin <= x < end), default=0.0)
         for what, curve in (("waiting", waiting), ("kv", usage))
     }
+
+# %%
 rows = [
     {"phase": name, "VRAM in use": f"{vram:.0%}", "KV cache in use, most": f"{one['kv']:.0%}"}
     | {"waiting per replica, most": one["waiting"], "provenance": provenance}
@@ -146,6 +157,8 @@ span = [0.0, begins[-1]]
 curves = {"VRAM in use": (span, [100 * vram] * 2)}
 curves["KV cache in use"] = (usage[0], [100 * one for one in usage[1]])
 axes = {"xlabel": "Time (s)", "ylabel": "Share (%)"}
+
+# %%
 finding = f"VRAM stands at {vram:.0%} from the first second; the KV cache goes from 0 to {max(usage[1]):.0%}"
 plots.lines_over(curves, finding, watched.how, **axes)
 plt.axhline(80, color="#1f2429", linewidth=0.9, linestyle=":")
@@ -179,6 +192,8 @@ for name, (_, limit, for_s) in SCALE.items():
     later = firing[name]["from_s"] - over if name in firing else None
     rows.append({"alert": name, "fires above": limits[limit], "for s": for_s, "over it from s": over})
     rows[-1] |= {"fired s later": later, "on its own clock, s": later and later * faster, "provenance": provenance}
+
+# %%
 print(notebook.table(rows))
 ended = [name for name, one in firing.items() if one["until_s"] < looked_at - 1]
 print(f"\nFired: {', '.join(firing) or 'none'}; ended again: {', '.join(ended) or 'none'}")
@@ -203,6 +218,8 @@ _, shown = panels("agents")
 unit = {"s": " (s)", "percentunit": " (share)"}
 found = {one["title"] + unit.get(one["unit"], ""): watched.panel(one["lines"]) for one in shown}
 drawn = {title: curves for title, curves in found.items() if curves}
+
+# %%
 _, grid = plt.subplots(-(-max(1, len(drawn)) // 2), 2, figsize=(10, 1.9 * (-(-max(1, len(drawn)) // 2))))
 for axis, (title, curves) in zip(np.ravel(grid), drawn.items(), strict=False):
     for legend, (x, y) in curves.items():
@@ -231,6 +248,8 @@ severities = {
     "warn": "for working hours",
     "cost": "money is spent",
 }
+
+# %%
 rows = [
     {"alert": one["alert"], "severity": one["severity"], "meaning": severities.get(one["severity"], "told")}
     | {"from s": one["from_s"], "until s": one["until_s"]}
