@@ -258,7 +258,8 @@ rows = [
 print(notebook.table(rows) if rows else "No alert fired")
 
 # %% [markdown]
-# **Reading it.** The exact moments differ from run to run; which scale alerts fire does not.
+# **Reading it.** The exact moments differ from run to run, and so may `KVCachePressure`: its few seconds above the
+# limit are counted by the clock of a busy machine.
 # `TTFTBudgetBurn` needs both a bad five minutes and a bad hour, so one bad moment wakes nobody.
 # An alert about a GPU that is missing is right as well: no GPU exporter runs beside an emulator.
 #
@@ -309,7 +310,7 @@ print(f"VRAM above 80 % while nobody asks: {yes[vram > 0.8]}")
 print(f"Scale on: over {queue_limit} requests waiting per replica for 2 min, or KV cache over {kv_limit:.0%} for 5 min")
 print(f"Waiting over the limit: calm {crossed['calm'][0]}, crowd {crossed['crowd'][0]}")
 print(f"KV cache over the limit: calm {crossed['calm'][1]}, crowd {crossed['crowd'][1]}")
-print(f"Fired: {', '.join(f'{name} {yes[name in firing]}' for name in SCALE)}")
+print(f"QueueBacklog fired: {yes['QueueBacklog' in firing]}")  # the other one's few seconds hang on this machine's pace
 
 # %% tags=["nbval-ignore-output"]
 watched.stop()
