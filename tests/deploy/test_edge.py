@@ -1,5 +1,6 @@
 """A bundle's nginx before real emulators: what reaches clients when engines are silent, full, dead or replaced."""
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -92,6 +93,7 @@ def test_a_killed_replica_costs_its_own_streams_alone(tmp_path):
 
         def one_dies() -> None:
             assert until(lambda: sum(told(one).running for one in engines) == 40)
+            time.sleep(0.5)  # ten times the pace to a first token: each stream is under way
             lost.append(told(engines[0]).running)
             kill(engines[0])
 
