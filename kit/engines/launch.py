@@ -59,6 +59,12 @@ def flag_arguments(engine: str, flags: Mapping[str, object]) -> tuple[list[str],
     return arguments, variables
 
 
+def _mount(place: str, is_local: bool) -> str:
+    """Docker's arguments through which a container gets the model: its folder, or the hub's cache and key."""
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return f"-v {place}:{place}:ro" if is_local else f"-e HF_TOKEN -v {hub}:/root/.cache/huggingface"
+
+
 def launch(
     engine: str,
     model: str,
@@ -84,12 +90,11 @@ def launch(
     added, variables = flag_arguments(engine, flags or {})
     is_local = Path(model).is_dir()
     place = str(Path(model).resolve()) if is_local else model
-    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    mount = f"-v {place}:{place}:ro" if is_local else f"-e HF_TOKEN -v {hub}:/root/.cache/huggingface"
     fields: dict[str, object] = {
         "bin": folder / "bin", "root": ROOT, "model": place, "host": host, "port": port,
         "served_model_name": served_model_name or model, "name": f"kit-{engine}-{port}",
-        "image": rule["image"].format(version=version or data["newest"]), "flags": shlex.join(added), "mount": mount,
+        "image": rule["image"].format(version=version or data["newest"]), "flags": shlex.join(added),
+        "mount": _mount(place, is_local),
     }  # fmt: skip
     special = rule.get("cpu", {}) if cpu else {}
     template = command or (rule["docker"] if docker else special.get("command", rule["command"]))
