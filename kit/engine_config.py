@@ -7,7 +7,7 @@ from typing import Any
 from kit.catalog import GpuSpec, ModelSpec
 from kit.catalog.paths import DATA, load_yaml
 from kit.catalog.quantization import check_quantization
-from kit.errors import UserError, unknown
+from kit.errors import UserError, at_least, unknown
 
 ENGINES = ("vllm", "sglang", "tensorrt-llm", "tgi", "ollama")
 KV_CACHE_DTYPES = ("auto", "fp8")
@@ -116,10 +116,8 @@ def _version(config: EngineConfig, data: dict[str, Any]) -> str:
 
 def _parallel(config: EngineConfig) -> tuple[int, int, int]:
     """Tensor, pipeline and GPU count; TP fills what --gpu-count leaves."""
-    for name in ("gpu_count", "pipeline_parallel_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     pipeline = config.pipeline_parallel_size
+    at_least(1, gpu_count=config.gpu_count, pipeline_parallel_size=pipeline)
     tensor = config.tensor_parallel_size
     if tensor is None:
         if config.gpu_count == 1:
@@ -127,8 +125,7 @@ def _parallel(config: EngineConfig) -> tuple[int, int, int]:
         if config.gpu_count % pipeline:
             raise UserError(f"--gpu-count {config.gpu_count} is no multiple of --pipeline-parallel-size {pipeline}")
         return config.gpu_count // pipeline, pipeline, config.gpu_count
-    if tensor < 1:
-        raise UserError(f"--tensor-parallel-size must be at least 1, got {tensor}")
+    at_least(1, tensor_parallel_size=tensor)
     if config.gpu_count not in (1, tensor * pipeline):
         raise UserError(
             f"--gpu-count {config.gpu_count} is not --tensor-parallel-size {tensor} "
@@ -217,6 +214,5 @@ def _check(config: ResolvedConfig) -> None:
         raise UserError(f"--gpu-memory-utilization must lie above 0 and at most 1, got {config.gpu_memory_utilization}")
     if config.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise unknown("--kv-cache-dtype", config.kv_cache_dtype, KV_CACHE_DTYPES)
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    at_least(1, **{name: getattr(config, name) for name in limits})

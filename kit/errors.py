@@ -20,3 +20,19 @@ def unknown(kind: str, value: object, choices: Iterable[str], *, shown: int = 12
     hint = f"; nearest: {', '.join(near)}" if near else ""
     rest = f", ... {len(names) - shown} more" if len(names) > shown else ""
     return UserError(f"unknown {kind} {value!r}{hint}; choices: {', '.join(names[:shown])}{rest}")
+
+
+def flag(name: str) -> str:
+    """An option as it is typed.
+
+    >>> flag("max_num_seqs")
+    '--max-num-seqs'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def at_least(least: int, **given: float) -> None:
+    """Refuses the first of these options that lies below."""
+    for name, value in given.items():
+        if value < least:
+            raise UserError(f"{flag(name)} must be at least {least}, got {value}")

@@ -1,35 +1,27 @@
 """kit calibrate: probes of a live server and the coefficients that predict and simulate take from them."""
 
-import json
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kit.cli import options
-from kit.errors import UserError
-
-if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
+from kit.engine_config import EngineConfig
 
 
 @options.engine_options
 def command(
-    config: "EngineConfig",
+    config: EngineConfig,
     base_url: Annotated[str, typer.Option(help="http://HOST:PORT, with or without /v1")],
     model: options.Model,
     gpu: options.Gpu,
     out: Annotated[Path, typer.Option(help="the calibration; its probes are kept beside it")],
     budget_s: Annotated[float, typer.Option(help="seconds of the server's time for all probes")] = 600.0,
-    api_key_env: Annotated[str | None, typer.Option(help="environment variable with the key")] = None,
+    api_key_env: options.ApiKeyEnv = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="the engine runs without a GPU, and the file says so")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Probes a server for about ten minutes and fits the model's coefficients to it."""
-    if api_key_env is not None and not os.environ.get(api_key_env):
-        raise UserError(f"--api-key-env {api_key_env}: no such environment variable, or no key in it")
     from kit import catalog
     from kit.calibrate import LiveServer, calibrate, check_out
     from kit.loadgen import Target
@@ -38,8 +30,7 @@ def command(
     check_out(out, budget_s)
     server = LiveServer(Target(base_url, model, api_key_env=api_key_env), spec)
     found = calibrate(spec, card, config, server, out=out, budget_s=budget_s, on_cpu=cpu)
-    result = {"out": str(out), **found.told()}
-    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
+    options.tell({"out": str(out), **found.told()}, _text, json_output)
 
 
 def _text(result: dict[str, Any]) -> str:

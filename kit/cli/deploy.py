@@ -1,7 +1,5 @@
 """kit deploy: a scenario as a bundle of configuration files; kit deploy check: what of it is proven here."""
 
-import json
-import sys
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +18,7 @@ def command(
     architecture: Annotated[str, typer.Option(help="single-node, burst, tiered or multi-node")] = "single-node",
     target: Annotated[str | None, typer.Option(help="compose, dstack or kubernetes; default: the first")] = None,
     gpu: Annotated[str | None, typer.Option(help="key of data/gpus.yaml; default: the cheapest that holds it")] = None,
-    engine: options.Engine = "vllm",
+    engine: Annotated[str, typer.Option(help=options.ENGINE_HELP["engine"])] = "vllm",
     run: Annotated[Path, typer.Option(help="runs of the walkthrough, whose tuned flags are used")] = Path("runs"),
     out: Annotated[Path | None, typer.Option(help="folder of the bundle; its values.yaml is kept")] = None,
     json_output: options.Json = False,
@@ -36,11 +34,12 @@ def command(
         raise UserError("--out: name the folder of the bundle")
     case = load(Path(scenario) if Path(scenario).is_file() else scenario)
     record = render(Source(case, gpu, engine, run), architecture, out, target)
-    sys.stdout.write(json.dumps({"out": str(out), **record}) + "\n" if json_output else _text(out, record))
+    options.tell({"out": str(out), **record}, _text, json_output)
     return 0
 
 
-def _text(out: Path, record: dict[str, Any]) -> str:
+def _text(record: dict[str, Any]) -> str:
+    out = Path(record["out"])
     lines = [f"{out}: {record['architecture']} for {record['target']}, {len(record['files'])} files"]
     for name, pool in record["values"]["pools"].items():
         what = (
@@ -62,8 +61,6 @@ def _check(words: list[str], json_output: bool) -> int:
     from kit.deploy.check import FAILED, check
 
     found = check(Path(words[1]))
-    if json_output:
-        sys.stdout.write(json.dumps({"findings": [asdict(one) for one in found]}) + "\n")
-    else:
-        sys.stdout.write("".join(f"{one.status:<16} {one.check}: {one.reason}\n" for one in found))
+    told = "".join(f"{one.status:<16} {one.check}: {one.reason}\n" for one in found)
+    options.tell({"findings": [asdict(one) for one in found]}, lambda _: told, json_output)
     return int(any(one.status == FAILED for one in found))

@@ -1,8 +1,5 @@
 """kit emulate: the engine's scheduler in real time behind an OpenAI-compatible server."""
 
-import asyncio
-import json
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -11,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kit.cli import options as o
+from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
 
 if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
     from kit.scheduler import StepTime
 
 
 @o.engine_options
 def command(
-    config: "EngineConfig",
+    config: EngineConfig,
     model: o.Model,
     gpu: o.Gpu,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")],
@@ -33,8 +30,8 @@ def command(
     """Serve as that engine on that GPU would schedule; times are the model's, never a GPU's."""
     pace_s = _pace(pace) if pace else None
     from kit import catalog, simulator
-    from kit.emulator import Api, Clock, Paced, Page, hide, listen
-    from kit.engine_config import resolve
+    from kit.cli.serve import serve
+    from kit.emulator import Api, Clock, Paced, Page, hide
 
     spec, card = catalog.model(model), catalog.gpu(gpu)
     limits, fitted, warnings = simulator.replica(spec, card, config)
@@ -45,21 +42,14 @@ def command(
     page = Page(resolve(config, spec, card), model, limits)
     clock = partial(partial(Paced, pace_s) if pace_s else Clock, limits, step_time, page)
 
-    def ready(url: str) -> None:
-        told = {"base_url": url, "model": model, "emulated": True, "warnings": warnings}
-        sys.stderr.write(f"{url} is ready, emulating {config.engine} with {model} on {gpu}; {'; '.join(warnings)}\n")
-        sys.stdout.write(json.dumps(told) + "\n" if as_json else "")
-        sys.stdout.flush()
-
     with suppress(ImportError, ValueError, OSError):  # as many connections as the system allows
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    run = asyncio.run
-    with suppress(ImportError):
-        from uvloop import run
-    run(listen(lambda: Api(model, clock()), host, port, ready))
+    line = f"is ready, emulating {config.engine} with {model} on {gpu}; {'; '.join(warnings)}"
+    told = {"model": model, "emulated": True, "warnings": warnings}
+    serve(lambda: Api(model, clock()), host, port, line, told, as_json)
 
 
 def _pace(text: str) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """kit fleet: what a scenario's traffic costs under each policy, and which of them meet the SLO."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +33,7 @@ def command(
     if refresh_prices:
         prices.refresh(base_url=refresh_prices)
     result = compare(Study(load(Path(scenario) if Path(scenario).is_file() else scenario), days, seed), policies)
-    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
+    options.tell(result, _text, json_output)
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -45,7 +44,7 @@ def _text(result: dict[str, Any]) -> str:
     for name, row in ranked:
         under = {name: row} | {f"  {model} model": one for model, one in row["other_interruptions"].items()}
         for label, one in under.items():
-            lines.append(f"{label:<24}" + "".join(f"{_number(one[key]):>13}" for key in FIGURES))
+            lines.append(f"{label:<24}" + "".join(f"{options.number(one[key]):>13}" for key in FIGURES))
         usd, met = (_interval(row[key]) for key in ("usd_per_month_interval", "slo_attainment_interval"))
         lines.append(f"  90 %: {usd} USD/month sized anew, {met} within SLO as it is")
         for check in row["checks"]:
@@ -75,8 +74,4 @@ def _quoted(price: dict[str, Any]) -> str:
 
 
 def _interval(ends: list[float] | None) -> str:
-    return f"{_number(ends[0])} to {_number(ends[1])}" if ends else "unknown"
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,.4g}"
+    return f"{options.number(ends[0])} to {options.number(ends[1])}" if ends else "unknown"

@@ -1,7 +1,6 @@
 """`kit load`: measure a server under a burst, a closed loop, a rate or agent sessions."""
 
 import json
-import os
 import sys
 from itertools import islice
 from math import inf
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
-from kit.cli.options import Json, SloTpot, SloTtft
-from kit.errors import UserError
+from kit.cli.options import ApiKeyEnv, Json, SloTpot, SloTtft
+from kit.errors import UserError, flag
 
 if TYPE_CHECKING:
     from kit.loadgen import Level
@@ -38,7 +37,7 @@ def command(
     speed: Annotated[float, Option(help="divides the gaps and pauses of sessions' own times")] = 1.0,
     slo_ttft_s: SloTtft = None,
     slo_tpot_s: SloTpot = None,
-    api_key_env: Annotated[str | None, Option(help="environment variable with the key")] = None,
+    api_key_env: ApiKeyEnv = None,
     metrics_url: Annotated[str | None, Option(help="default: /metrics of the server")] = None,
     endpoint: Annotated[Literal["chat", "completions"], Option()] = "chat",
     cold_connects: Annotated[bool, Option("--cold-connects", help="one for each request")] = False,
@@ -67,16 +66,12 @@ def command(
         sys.stdout.write(json.dumps(summaries[0] if len(summaries) == 1 else several) + "\n")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check(asked: dict[str, Any]) -> None:
     """Refuse bad and contradicting options, each named with its value."""
     for name in POSITIVE:
         value = asked[name]
         if value is not None and not 0 < value < inf:
-            raise UserError(f"{_flag(name)} {value}: want a number above 0")
+            raise UserError(f"{flag(name)} {value}: want a number above 0")
     lengths = [asked["input_tokens"] is not None, asked["output_tokens"] is not None]
     if sum([any(lengths), asked["workload"] is not None, asked["trace"] is not None]) != 1:
         raise UserError("give one of: --input-tokens with --output-tokens, --workload, --trace")
@@ -84,9 +79,6 @@ def _check(asked: dict[str, Any]) -> None:
         raise UserError("--input-tokens and --output-tokens are needed together")
     if (asked["trace"] is None) != (asked["trace_format"] is None):
         raise UserError("--trace and --trace-format are needed together")
-    name = asked["api_key_env"]
-    if name is not None and not (os.environ.get(name) and os.environ[name].isprintable()):
-        raise UserError(f"--api-key-env {name}: no such environment variable, or no key in it")
 
 
 def _values(arrivals: str, text: str) -> list[float]:
@@ -96,7 +88,7 @@ def _values(arrivals: str, text: str) -> list[float]:
     except ValueError:
         values = [0.0]
     if not all(0 < value < inf for value in values):
-        raise UserError(f"{_flag(arrivals)} {text!r}: want a number above 0, or several with commas")
+        raise UserError(f"{flag(arrivals)} {text!r}: want a number above 0, or several with commas")
     return values
 
 

@@ -1,13 +1,18 @@
 """The options that every engine-facing command shares, with one help line each."""
 
 import inspect
+import json
+import os
+import sys
 from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kit.errors import UserError
+from kit.engine_config import EngineConfig
+from kit.errors import UserError, flag
 
 
 def _limit(param: typer.CallbackParam, value: float | None) -> float | None:
@@ -17,36 +22,29 @@ def _limit(param: typer.CallbackParam, value: float | None) -> float | None:
     return value
 
 
+def _key(name: str | None) -> str | None:
+    """The environment variable's name as given; refused where no key can be read from it."""
+    if name is not None and not (os.environ.get(name) and os.environ[name].isprintable()):
+        raise UserError(f"--api-key-env {name}: no such environment variable, or no key in it")
+    return name
+
+
 Model = Annotated[str, typer.Option("--model", help="model key, Hugging Face id, or path to a config.json")]
 Gpu = Annotated[str, typer.Option("--gpu", help="GPU key of data/gpus.yaml")]
-Engine = Annotated[str, typer.Option("--engine", help="vllm, sglang, tensorrt-llm, tgi or ollama")]
-EngineVersion = Annotated[str | None, typer.Option("--engine-version", help="default: newest known")]
-GpuCount = Annotated[int, typer.Option("--gpu-count", help="GPUs of one replica")]
-TensorParallelSize = Annotated[int | None, typer.Option("--tensor-parallel-size", help="default: --gpu-count")]
-PipelineParallelSize = Annotated[int, typer.Option("--pipeline-parallel-size")]
-Quantization = Annotated[
-    str | None, typer.Option("--quantization", help="bf16, fp8, int8, int4-awq, int4-gptq, int4-bnb, mxfp4, nvfp4")
-]
-KvCacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto or fp8")]
-GpuMemoryUtilization = Annotated[
-    float | None, typer.Option("--gpu-memory-utilization", help="SGLang: its mem-fraction-static")
-]
-MaxModelLen = Annotated[int | None, typer.Option("--max-model-len")]
-MaxNumSeqs = Annotated[int | None, typer.Option("--max-num-seqs")]
-MaxNumBatchedTokens = Annotated[int | None, typer.Option("--max-num-batched-tokens")]
-EnforceEager = Annotated[bool, typer.Option("--enforce-eager")]
 SloTtft = Annotated[float | None, typer.Option("--slo-ttft-s", callback=_limit, help="TTFT limit, seconds")]
 SloTpot = Annotated[float | None, typer.Option("--slo-tpot-s", callback=_limit, help="TPOT limit, seconds")]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option("--api-key-env", callback=_key, help="environment variable with the key")
+]
 Calibration = Annotated[Path | None, typer.Option("--calibration", help="file of kit calibrate")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else there")]
 
-ENGINE_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "engine": (Engine, "vllm"), "engine_version": (EngineVersion, None), "gpu_count": (GpuCount, 1),
-    "tensor_parallel_size": (TensorParallelSize, None), "pipeline_parallel_size": (PipelineParallelSize, 1),
-    "quantization": (Quantization, None), "kv_cache_dtype": (KvCacheDtype, "auto"),
-    "gpu_memory_utilization": (GpuMemoryUtilization, None), "max_model_len": (MaxModelLen, None),
-    "max_num_seqs": (MaxNumSeqs, None), "max_num_batched_tokens": (MaxNumBatchedTokens, None),
-    "enforce_eager": (EnforceEager, False),
+# Every field of EngineConfig is an option under its own name, with its type and default.
+ENGINE_HELP = {
+    "engine": "vllm, sglang, tensorrt-llm, tgi or ollama", "engine_version": "default: newest known",
+    "gpu_count": "GPUs of one replica", "tensor_parallel_size": "default: --gpu-count",
+    "quantization": "bf16, fp8, int8, int4-awq, int4-gptq, int4-bnb, mxfp4, nvfp4", "kv_cache_dtype": "auto or fp8",
+    "gpu_memory_utilization": "SGLang: its mem-fraction-static",
 }  # fmt: skip
 
 
@@ -54,17 +52,29 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with every engine option; it gets them as one EngineConfig, its argument `config`."""
 
     def wrapped(**given: Any) -> None:
-        from kit.engine_config import EngineConfig
-
-        command(config=EngineConfig(**{name: given.pop(name) for name in ENGINE_OPTIONS}), **given)
+        command(config=EngineConfig(**{one.name: given.pop(one.name) for one in fields(EngineConfig)}), **given)
 
     signature = inspect.signature(command)
     own = [one.replace(kind=one.KEYWORD_ONLY) for name, one in signature.parameters.items() if name != "config"]
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in ENGINE_OPTIONS.items()
-    ]
-    wrapped.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {one.name: one.annotation for one in (*own, *more)}
+    parameters = [*own, *map(_parameter, fields(EngineConfig))]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {one.name: one.annotation for one in parameters}
     wrapped.__doc__ = command.__doc__
     return wrapped
+
+
+def _parameter(one: Field[Any]) -> inspect.Parameter:
+    option = typer.Option(flag(one.name), help=ENGINE_HELP.get(one.name))
+    kind = Annotated.__class_getitem__((one.type, option))  # type: ignore[attr-defined]
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kind)
+
+
+def tell(result: Any, text: Callable[[Any], str], as_json: bool) -> None:
+    """The answer on stdout: one JSON object, or as text for people."""
+    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if as_json else text(result))
+    sys.stdout.flush()
+
+
+def number(value: object) -> str:
+    """A value as text: four digits of a number, the word where nothing is known."""
+    return "unknown" if value is None else f"{value:,.4g}" if isinstance(value, int | float) else str(value)

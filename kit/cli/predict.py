@@ -1,21 +1,17 @@
 """kit predict: latency and throughput of a model on a GPU, each with its interval."""
 
-import json
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kit.cli import options
-
-if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
+from kit.engine_config import EngineConfig
 
 
 @options.engine_options
 def command(
     *,
-    config: "EngineConfig",
+    config: EngineConfig,
     model: options.Model,
     gpu: options.Gpu,
     input_tokens: Annotated[int, typer.Option(help="prompt tokens of a request")],
@@ -39,7 +35,7 @@ def command(
 
         config, basis = load(calibration).apply(spec, card, config)
     result = predict(spec, card, config, ask, basis)
-    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
+    options.tell(result, _text, json_output)
 
 
 def _text(result: dict[str, Any]) -> str:
@@ -51,10 +47,10 @@ def _text(result: dict[str, Any]) -> str:
         around = f"   mean, 90 %: {_ms(band[0])} to {_ms(band[1])}" if band else ""
         lines.append(f"{name.removesuffix('_s') + ' ms':<24}{', '.join(parts)}{around}")
     for name in ("output_tokens_per_s", "requests_per_s", "slo_attainment_fraction"):
-        lines.append(f"{name:<24}{'unknown' if result[name] is None else format(result[name], ',.4g')}")
+        lines.append(f"{name:<24}{options.number(result[name])}")
     lines.append(f"{'limited_by':<24}{result['limited_by']}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])]) + "\n"
 
 
 def _ms(value: float | None) -> str:
-    return "unknown" if value is None else f"{value * 1e3:,.4g}"
+    return options.number(value and value * 1e3)

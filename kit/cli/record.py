@@ -1,9 +1,6 @@
 """`kit record`: a proxy between agents and their server that writes down what they do."""
 
-import asyncio
-import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +18,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Pass everything on, and write times, token counts, sessions and pauses of each model call to a workload file."""
-    from kit.emulator import listen
+    from kit.cli.serve import serve
     from kit.record import Recorder
     from kit.record import upstream as server
 
@@ -31,13 +28,6 @@ def command(
         made.append(Recorder(target, out, content))
         return made[0]
 
-    def ready(url: str) -> None:
-        sys.stderr.write(f"{url} passes on to {upstream} and records to {out}; Ctrl-C ends it\n")
-        sys.stdout.write(json.dumps({"base_url": url, "upstream": upstream, "out": str(out)}) + "\n" if as_json else "")
-        sys.stdout.flush()
-
-    run = asyncio.run
-    with suppress(ImportError):
-        from uvloop import run
-    run(listen(make, host, port, ready))
+    line = f"passes on to {upstream} and records to {out}; Ctrl-C ends it"
+    serve(make, host, port, line, {"upstream": upstream, "out": str(out)}, as_json)
     sys.stderr.write(f"{made[0].calls} calls in {out}: kit load --workload {out}\n")

@@ -1,17 +1,15 @@
 """kit simulate: agent sessions or a recorded trace through the scheduler in virtual time."""
 
-import json
-import sys
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kit.cli import options
-from kit.errors import UserError
+from kit.engine_config import EngineConfig, resolve
+from kit.errors import UserError, flag
 
 if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
     from kit.traces import Trace
     from kit.workload import Workload
 
@@ -25,7 +23,7 @@ SHOWN = {
 
 @options.engine_options
 def command(
-    config: "EngineConfig",
+    config: EngineConfig,
     model: options.Model,
     gpu: options.Gpu,
     workload: Annotated[str | None, typer.Option(help="key of data/workloads, a YAML file or a recording")] = None,
@@ -47,7 +45,6 @@ def command(
 ) -> None:
     """Plays agent sessions or a recorded trace through simulated replicas."""
     from kit import catalog, simulator
-    from kit.engine_config import resolve
     from kit.steptime import fitted
 
     _check(sessions=(sessions, 0), duration=(duration, 0), burst=(burst, 0), replicas=(replicas, 0), seed=(seed, -1),
@@ -69,14 +66,14 @@ def command(
     result = simulator.study(cluster, step_time, load, ttft_s, tpot_s, basis)
     result["slo"] = {"ttft_s": ttft_s, "tpot_s": tpot_s}
     result["warnings"] = warnings + result.pop("warnings")
-    sys.stdout.write(json.dumps(result, allow_nan=False) + "\n" if json_output else _text(result))
+    options.tell(result, _text, json_output)
 
 
 def _check(**given: tuple[float | None, float]) -> None:
     """Refuses what is not finite or not above the lower bound beside it."""
     for name, (value, above) in given.items():
         if value is not None and not above < value < inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above {above:g}, got {value:g}")
+            raise UserError(f"{flag(name)} must be above {above:g}, got {value:g}")
 
 
 def _source(workload: str | None, trace: str | None, trace_format: str | None) -> "Workload | Trace":
@@ -98,13 +95,9 @@ def _text(result: dict[str, Any]) -> str:
     for name, parts in SHOWN.items():
         value = result[name]
         if parts:
-            value = ", ".join(f"{part} {_number(value[part])}" for part in parts.split() if part in value)
-        lines.append(f"{name:<26}{_number(value)}")
+            value = ", ".join(f"{part} {options.number(value[part])}" for part in parts.split() if part in value)
+        lines.append(f"{name:<26}{options.number(value)}")
     for kind in ("active", "queued", "paused"):
         count = result["sessions"][kind]
-        lines.append(f"{kind + ' sessions':<26}mean {_number(count['mean'])}, max {count['max']}")
+        lines.append(f"{kind + ' sessions':<26}mean {options.number(count['mean'])}, max {count['max']}")
     return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])]) + "\n"
-
-
-def _number(value: object) -> str:
-    return "unknown" if value is None else f"{value:,.4g}" if isinstance(value, int | float) else str(value)

@@ -3,19 +3,17 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kit.cli.options import Gpu, Json, Model, engine_options
-
-if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
+from kit.engine_config import EngineConfig
 
 
 @engine_options
 def command(
-    config: "EngineConfig",
+    config: EngineConfig,
     model: Model,
     gpu: Gpu,
     context_tokens: Annotated[

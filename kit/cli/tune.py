@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from kit.cli import options as o
+from kit.engine_config import EngineConfig
 from kit.errors import UserError
 
 if TYPE_CHECKING:
-    from kit.engine_config import EngineConfig
     from kit.tune.levels import Boot, Level, Result
 
 HEADINGS = ("start", "seqs", "load", "turns", "in time", "good/s", "TTFT p95 s", "TPOT p95 s", "KV")
@@ -27,7 +27,7 @@ OUT = Option(help="keeps what was measured; the same folder goes on where it was
 
 @o.engine_options
 def command(
-    config: "EngineConfig",
+    config: EngineConfig,
     model: o.Model,
     gpu: o.Gpu,
     workload: Annotated[str, WORKLOAD],
@@ -42,7 +42,7 @@ def command(
     sessions: Annotated[int | None, SESSIONS] = None,
     duration: Annotated[float | None, Option(min=1, help="seconds of an open-loop level")] = None,
     burst: Annotated[int | None, Option(min=1, help="sessions at once at half of the duration")] = None,
-    api_key_env: Annotated[str | None, Option(help="environment variable with the server's key")] = None,
+    api_key_env: o.ApiKeyEnv = None,
     start_deadline_s: Annotated[float, Option(min=1, help="until the engine must be healthy")] = 1800.0,
     out: Annotated[Path | None, OUT] = None,
     as_json: o.Json = False,

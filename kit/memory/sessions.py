@@ -6,7 +6,7 @@ from math import ceil
 
 from kit.catalog import GpuSpec, ModelSpec, gpu, gpu_keys
 from kit.engine_config import EngineConfig, engine_data, tensor_parallel_sizes
-from kit.errors import UserError
+from kit.errors import UserError, at_least
 from kit.memory.plan import MemoryPlan, plan
 
 
@@ -20,9 +20,7 @@ class Demand:
     headroom_fraction: float = 0.0  # of the KV pool, left free
 
     def __post_init__(self) -> None:
-        for name in ("context_tokens", "sessions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        at_least(1, context_tokens=self.context_tokens, sessions=self.sessions)
         if self.paused_sessions < 0:
             raise UserError(f"--paused-sessions must not be negative, got {self.paused_sessions}")
         if not 0 <= self.headroom_fraction < 1:

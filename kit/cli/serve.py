@@ -1,0 +1,23 @@
+"""What `kit emulate` and `kit record` share: a server that runs until it is told to stop."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from kit.cli.options import tell
+from kit.emulator import listen
+
+
+def serve(make: Callable[[], Any], host: str, port: int, line: str, told: dict[str, Any], as_json: bool) -> None:
+    """Serve what `make` makes; once connections are taken, its URL with `line` goes to stderr, `told` to stdout."""
+
+    def ready(url: str) -> None:
+        sys.stderr.write(f"{url} {line}\n")
+        tell({"base_url": url, **told}, lambda _: "", as_json)
+
+    run = asyncio.run
+    with suppress(ImportError):
+        from uvloop import run
+    run(listen(make, host, port, ready))
