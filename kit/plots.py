@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from kit.catalog import GpuSpec, ModelSpec, gpu_keys
 from kit.engine_config import EngineConfig
@@ -49,9 +50,9 @@ def parts_gib(memory: MemoryPlan) -> dict[str, float]:
     return dict(zip(PARTS, map(gib, sizes), strict=True))
 
 
-def memory_by_gpu(held: Sequence[Held], *, ax: Axes | None = None) -> Axes:
+def memory_by_gpu(held: Sequence[Held]) -> Axes:
     """Stacked bars: where one GPU's memory goes, with the sessions that the pool holds beside each."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     names = [short_name(one.memory.gpu) for one in held]
     parts = pd.DataFrame([parts_gib(one.memory) for one in held], index=names)
     parts.plot.barh(ax=ax, stacked=True, color=[*PARTS.values()], width=0.62)
@@ -67,14 +68,14 @@ def memory_by_gpu(held: Sequence[Held], *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="Memory of one GPU (GiB); the black line is what CUDA reports", xlim=(0, 1.22 * max(ends)))
     pools = parts["KV pool"]
     finding = f"The same model leaves {min(pools):.0f} to {max(pools):.0f} GiB for KV cache"
-    _title(ax, finding, held[0].memory)
+    headline(ax, finding, subtitle(held[0].memory))
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.2), handlelength=1.2)
     return ax
 
 
-def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axes | None = None) -> Axes:
+def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int]) -> Axes:
     """Lines: sessions in each pool by context length; a cross marks the asked (tokens, sessions)."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     longest = min(131_072, held[0].memory.model.max_position_embeddings)
     contexts = [2**power for power in range(10, int(np.log2(longest)) + 1)]
     ends: list[tuple[float, str, str]] = []
@@ -98,15 +99,13 @@ def sessions_by_context(held: Sequence[Held], *, asked: tuple[int, int], ax: Axe
     _label_ends(ax, contexts[-1], ends)
     fitting = [one for one in held if one.memory.concurrency(asked[0]) >= asked[1]]
     finding = f"{asked[1]:,} sessions of {asked[0]:,} tokens fit on {len(fitting)} of {len(held)} GPUs"
-    _title(ax, finding, held[0].memory)
+    headline(ax, finding, subtitle(held[0].memory))
     return ax
 
 
-def pool_by_max_num_seqs(
-    spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, versions: Sequence[str], *, ax: Axes | None = None
-) -> Axes:
+def pool_by_max_num_seqs(spec: ModelSpec, gpu: GpuSpec, config: EngineConfig, versions: Sequence[str]) -> Axes:
     """Lines: GiB of KV pool by --max-num-seqs, one per engine version; a tick marks its default."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     seqs = [2**power for power in range(4, 12)]
     ends: list[tuple[float, str, str]] = []
     lost: list[str] = []
@@ -124,13 +123,13 @@ def pool_by_max_num_seqs(
     log2_ticks(ax, seqs)
     _label_ends(ax, seqs[-1], ends)
     ax.set(xlabel="--max-num-seqs", ylabel="KV pool (GiB)")
-    _title(ax, f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}", default)
+    headline(ax, f"--max-num-seqs {seqs[-1]:,} costs {', '.join(lost)}", subtitle(default))
     return ax
 
 
-def calls_per_minute(times_s: Mapping[str, Floats], under: str, *, ax: Axes | None = None) -> Axes:
+def calls_per_minute(times_s: Mapping[str, Floats], under: str) -> Axes:
     """Steps: calls in each minute of several loads."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     edges = np.arange(0, max(map(np.max, times_s.values())) + 120, 60.0)
     counts = {name: np.histogram(times, edges)[0] for name, times in times_s.items()}
     for name, count in counts.items():
@@ -142,9 +141,9 @@ def calls_per_minute(times_s: Mapping[str, Floats], under: str, *, ax: Axes | No
     return ax
 
 
-def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | None = None) -> Axes:
+def session_timeline(session: Session, turns: Any, under: str) -> Axes:
     """Context of one session over time: calls dark, pauses light and coloured by what they wait for."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     start, colours = turns["arrival_s"].min(), {"a call": "#1f2429"}
     span = turns["end_s"].max() - start
     for turn, row in zip(session.turns, turns.itertuples(), strict=False):
@@ -160,9 +159,9 @@ def session_timeline(session: Session, turns: Any, under: str, *, ax: Axes | Non
     return ax
 
 
-def agents_timeline(calls: Any, under: str, *, ax: Axes | None = None) -> Axes:
+def agents_timeline(calls: Any, under: str) -> Axes:
     """A row per session from its agent's start: calls as bars, what it waits for between them."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     starts = calls.groupby("agent")["start_s"].transform("min")
     colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(calls["framework"]))}
     names = list(dict.fromkeys(calls.sort_values(["agent", "start_s"])["session"]))
@@ -181,9 +180,9 @@ def agents_timeline(calls: Any, under: str, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str, *, ax: Axes | None = None) -> Axes:
+def keeping(curves: Mapping[str, Mapping[str, tuple[float, float]]], under: str) -> Axes:
     """Hit fraction by idle over active KV, a point for each time that KV is kept; quoted ones without a line."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     for index, (name, points) in enumerate(curves.items()):
         hits, idle = zip(*points.values(), strict=True)
         marker, line = ("s", "none") if "quoted" in name else (".", "-")
@@ -251,13 +250,16 @@ def subtitle(memory: MemoryPlan) -> str:
     return f"{memory.model.key} · {config.quantization} · {config.engine} {config.engine_version} · modelled"
 
 
-def _title(ax: Axes, finding: str, memory: MemoryPlan) -> None:
-    headline(ax, finding, subtitle(memory))
-
-
 def headline(ax: Axes, finding: str, subtitle: str) -> None:
     ax.set_title(finding, pad=22)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#667079", va="bottom")
+
+
+def log_ticks(axis: Axis, form: str = "g") -> None:
+    """Ticks at 1, 2 and 5 of each power of ten of a log axis, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format(value, form)))
+    axis.set_minor_locator(NullLocator())
 
 
 def log2_ticks(ax: Axes, ticks: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator
 
 from kit import plots
 from kit.fleet.day import FleetDay
@@ -15,11 +14,9 @@ MARKERS = "osD^vP*X"
 SLOT_S = 1800.0  # over which a day's TTFT is summed up
 
 
-def pareto(
-    policies: Mapping[str, Mapping[str, Any]], chosen: str | None, least: float, under: str, *, ax: Axes | None = None
-) -> Axes:
+def pareto(policies: Mapping[str, Mapping[str, Any]], chosen: str | None, least: float, under: str) -> Axes:
     """Attainment over USD a month, a point for each policy with its 90 % bars; the chosen one is ringed."""
-    ax = ax or plt.gca()
+    ax = plt.gca()
     for index, (name, row) in enumerate(policies.items()):
         usd, met, colour = row["usd_per_month"], row["slo_attainment_fraction"], f"C{index}"
         if met is None:
@@ -34,9 +31,7 @@ def pareto(
     ax.axhline(least, color="#1f2429", linewidth=0.9, linestyle=":")
     ax.text(1, least, f"{least:.0%} ", transform=ax.get_yaxis_transform(), ha="right", va="bottom")
     ax.set(xscale="log", xlabel="USD per month", ylabel="Turns within the SLO", ylim=(None, 1.03))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    ax.minorticks_off()
+    plots.log_ticks(ax.xaxis, ",.0f")
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.17))
     told = f"{chosen}: {policies[chosen]['usd_per_month']:,.0f} USD a month" if chosen else "None of these policies"
     plots.headline(ax, f"{told}, at least {least:.0%} of the turns within the SLO", under)
@@ -63,9 +58,7 @@ def fleet_day(day: FleetDay, turns: Any, limit_s: float | None, under: str) -> l
     if limit_s:
         ttft.axhline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":", label="limit")
     ttft.set(yscale="log", ylabel="TTFT (s), half-hours", xlabel="Hour of the day", xlim=(0, edges[-1] / 3600))
-    ttft.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ttft.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    ttft.minorticks_off()
+    plots.log_ticks(ttft.yaxis)
     ttft.legend(loc="upper left", ncols=3)
     plots.headline(load, f"{len(turns):,} turns; {turns.good.mean():.1%} within the SLO, {day.lost} lost", under)
     return [load, machines, ttft]

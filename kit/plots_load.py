@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator
 
-from kit.plots import BOX, headline, log2_ticks
+from kit.plots import BOX, headline, log2_ticks, log_ticks
 
 
 def throughput_over_ttft(
@@ -28,9 +27,7 @@ def throughput_over_ttft(
     ax.axvline(limit_s, color="#1f2429", linewidth=0.9, linestyle=":")
     ax.text(limit_s, 0.02, f" limit {limit_s:g} s", transform=ax.get_xaxis_transform(), va="bottom")
     ax.set(xscale="log", xlabel="TTFT (s)", ylabel="Output tokens per second", ylim=(0, None))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.minorticks_off()
+    log_ticks(ax.xaxis)
     ax.legend(loc="upper left", title="at n streams", alignment="left")
     within = [row for row in curve if row["ttft_p90_s"] is not None and row["ttft_p90_s"] <= limit_s]
     best = max(within, key=lambda row: float(row["output_tokens_per_s"]), default=None)

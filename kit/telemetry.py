@@ -13,22 +13,10 @@ FRACTIONS = ("kv_cache_usage", "prefix_hit_rate")
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Cumulative counts by upper edge."""
+    """How much was observed, and its sum."""
 
     count: float
     sum: float
-    buckets: dict[float, float]
-
-    def fraction_within(self, limit: float) -> float | None:
-        """Share of observations up to `limit`; None where no edge lies there (or nothing was seen).
-
-        >>> seconds = Histogram(4, 2.0, {0.4: 2, 0.6: 3, float("inf"): 4})
-        >>> seconds.fraction_within(0.6), seconds.fraction_within(0.5)
-        (0.75, None)
-        """
-        if limit not in self.buckets or not self.count:
-            return None
-        return self.buckets[limit] / self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +87,8 @@ def _value(samples: Samples, quantity: str, table: dict[str, Any]) -> float | No
 
 def _histogram(samples: Samples, eras: Any) -> Histogram | None:
     for name in spellings(eras):
-        if name + "_count" not in samples:
-            continue
-        buckets: dict[float, float] = {}
-        for labels, count in samples.get(name + "_bucket", []):
-            edge = float(labels["le"])
-            buckets[edge] = buckets.get(edge, 0.0) + count
-        count, total = (sum(v for _, v in samples.get(name + end, [])) for end in ("_count", "_sum"))
-        return Histogram(count, total, buckets)
+        if name + "_count" in samples:
+            return Histogram(*(sum(v for _, v in samples.get(name + end, [])) for end in ("_count", "_sum")))
     return None
 
 

@@ -76,10 +76,6 @@ class Trace:
                     session.arrival_s = next(starts_s)
                 yield session
 
-    def block_paths(self, block_tokens: int) -> list[tuple[tuple[int, int], ...]]:
-        """The calls' paths in hash blocks, partial last ones included."""
-        return [tuple((extent, -(-tokens // block_tokens)) for extent, tokens in call.path) for call in self.calls]
-
 
 def _session(key: int, calls: list[Call]) -> Session:
     """Turns whose prompts are as long as recorded; a shrunken or rewritten context starts anew."""
@@ -232,10 +228,3 @@ READERS: dict[str, tuple[str, Callable[[Any], Call | None]]] = {
     "burstgpt": ("Timestamp,Request tokens,Response tokens", _burstgpt),
     "recorded": ("", _recorded),
 }
-
-
-def kept_hit_fraction(trace: Trace, keep_s: float) -> float:
-    """Fraction of prompt tokens still cached if a session's KV is kept `keep_s` after each call."""
-    calls = [call for call in trace.calls if not call.parent]
-    kept = sum(c.reusable_tokens for c in calls if c.pause_s is not None and c.pause_s <= keep_s)
-    return kept / sum(call.input_len for call in calls)

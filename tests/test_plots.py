@@ -43,7 +43,7 @@ def test_parts_sum_to_the_card():
 
 def test_memory_by_gpu(ax):
     found = held("rtx-4090-24gb", "h200-sxm-141gb")
-    plots.memory_by_gpu(found, ax=ax)
+    plots.memory_by_gpu(found)
     assert "GiB" in ax.get_xlabel()
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert rows == [plots.short_name(one.memory.gpu) for one in found]
@@ -59,7 +59,7 @@ def test_memory_by_gpu(ax):
 
 def test_sessions_by_context(ax):
     found = held("rtx-4090-24gb", "l40s-48gb", "h100-sxm-80gb", "h200-sxm-141gb")
-    plots.sessions_by_context(found, asked=(CASE.context_tokens, CASE.sessions), ax=ax)
+    plots.sessions_by_context(found, asked=(CASE.context_tokens, CASE.sessions))
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert ax.get_xlabel() == "Context of a session (tokens)"
     curves = [line for line in ax.lines if len(line.get_xdata()) > 2]
@@ -75,7 +75,7 @@ def test_sessions_by_context(ax):
 
 
 def test_labels_at_the_ends_do_not_overlap(ax):
-    plots.sessions_by_context(held("h100-pcie-80gb", "h100-sxm-80gb", "h200-sxm-141gb"), asked=(8192, 50), ax=ax)
+    plots.sessions_by_context(held("h100-pcie-80gb", "h100-sxm-80gb", "h200-sxm-141gb"), asked=(8192, 50))
     ax.figure.canvas.draw()
     boxes = [text.get_window_extent() for text in ax.texts if "GB" in text.get_text()]
     assert len(boxes) == 3
@@ -84,7 +84,7 @@ def test_labels_at_the_ends_do_not_overlap(ax):
 
 def test_pool_by_max_num_seqs(ax):
     gpu, config = catalog.gpu("h100-sxm-80gb"), CASE.config(SPEC)
-    plots.pool_by_max_num_seqs(SPEC, gpu, config, ("0.16.0", "0.32.0"), ax=ax)
+    plots.pool_by_max_num_seqs(SPEC, gpu, config, ("0.16.0", "0.32.0"))
     curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
     assert len(curves) == 2
     assert all(list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True) for line in curves)
@@ -105,7 +105,7 @@ def test_compared_gpus_have_colours_of_their_own(path):
 
 
 def test_calls_per_minute(ax):
-    plots.calls_per_minute({"burst": [5.0, 6.0, 7.0], "slow": [1.0, 70.0]}, "here", ax=ax)
+    plots.calls_per_minute({"burst": [5.0, 6.0, 7.0], "slow": [1.0, 70.0]}, "here")
     assert "3 (burst), 1 (slow)" in said(ax)[-1]
     assert ax.get_ylabel() == "Calls per minute"
 
@@ -113,7 +113,7 @@ def test_calls_per_minute(ax):
 def test_session_timeline(ax):
     session = Session(0, 0.0, [Turn(100, 10, 90.0, "shell"), Turn(5, 10)])
     columns = {"arrival_s": [10.0, 105.0], "end_s": [15.0, 110.0], "input_len": [100, 115], "output_len": [10, 10]}
-    plots.session_timeline(session, pd.DataFrame(columns), "here", ax=ax)
+    plots.session_timeline(session, pd.DataFrame(columns), "here")
     assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in ax.patches] == [
         (0, 5, 110), (5, 90, 110), (95, 5, 125),
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_session_timeline(ax):
 
 def test_keeping_draws_quoted_points_without_a_line(ax):
     points = {"10 s": (0.4, 1.0), "1 h": (0.9, 9.0)}
-    plots.keeping({"ours": points, "theirs (quoted)": points}, "here", ax=ax)
+    plots.keeping({"ours": points, "theirs (quoted)": points}, "here")
     ours, theirs = ax.lines
     assert list(ours.get_xdata()) == [1.0, 9.0]
     assert list(ours.get_ydata()) == [0.4, 0.9]

@@ -31,7 +31,7 @@ def test_pareto_rings_the_chosen_policy_and_draws_both_intervals(ax):
         "spot": row(900.0, 0.8, (900.0, 1800.0), (0.6, 0.9)),
         "per-token-api": row(60.0, None, (60.0, 60.0), None),
     }
-    plots_fleet.pareto(rows, "on-demand", 0.95, "under", ax=ax)
+    plots_fleet.pareto(rows, "on-demand", 0.95, "under")
     title = ax.get_title("left") or ax.get_title()
     assert title == "on-demand: 1,400 USD a month, at least 95% of the turns within the SLO"
     (ring,) = [line for line in ax.lines if line.get_markersize() == 16]

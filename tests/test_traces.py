@@ -8,7 +8,7 @@ import pytest
 
 from kit.errors import UserError
 from kit.scheduler import lru_hit_fraction
-from kit.traces import MOONCAKE_BLOCK_TOKENS, kept_hit_fraction, read
+from kit.traces import MOONCAKE_BLOCK_TOKENS, Trace, read
 
 TRACES = Path(os.environ.get("KIT_SHARED", Path(__file__).parents[2] / "shared")) / "traces"
 
@@ -123,9 +123,17 @@ def test_unknown_format_and_missing_file(tmp_path: Path) -> None:
 )
 def test_mooncake_lru_hits(capacity_tokens: int, hits: float) -> None:
     trace = read(str(recorded("mooncake", "conversation_trace.jsonl")), "mooncake")
-    paths = trace.block_paths(MOONCAKE_BLOCK_TOKENS)
+    # in hash blocks, partial last ones included
+    paths = [tuple((one, -(-end // MOONCAKE_BLOCK_TOKENS)) for one, end in call.path) for call in trace.calls]
     found = lru_hit_fraction(paths, capacity_tokens // MOONCAKE_BLOCK_TOKENS)
     assert found == pytest.approx(hits, abs=0.01)
+
+
+def kept_hit_fraction(trace: Trace, keep_s: float) -> float:
+    """Fraction of prompt tokens still cached if a session's KV is kept `keep_s` after each call."""
+    calls = [call for call in trace.calls if not call.parent]
+    kept = sum(c.reusable_tokens for c in calls if c.pause_s is not None and c.pause_s <= keep_s)
+    return kept / sum(call.input_len for call in calls)
 
 
 def test_weka_hits_by_time_kept() -> None:

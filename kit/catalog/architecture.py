@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kit.catalog.layers import attention_groups, moe_spec, state_groups, text_config, vision_spec
+from kit.catalog.layers import ARCHITECTURES, attention_groups, moe_spec, state_groups, text_config, vision_spec
 from kit.catalog.parameters import Parameters, count_parameters
 from kit.catalog.quantization import kv_cache_dtype_of, quantization_of
 from kit.catalog.shapes import AttentionGroup, Fields, MoeSpec, StateGroup, VisionSpec
@@ -121,7 +121,7 @@ def _rotary_bytes(fields: Fields, head_dim: int) -> int:
     keeps it in float32, and Gemma 3 has a second one for its sliding layers.
     """
     model_type = str(fields.get("model_type", ""))
-    if model_type in ("opt", "gpt2", "bloom", "mpt", "nemotron_h"):
+    if model_type in ARCHITECTURES["no_rotary"]:
         return 0
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     partial = fields.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0

@@ -4,38 +4,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from kit.catalog.paths import DATA, load_yaml
 from kit.catalog.shapes import AttentionGroup, Fields, MoeSpec, StateGroup, VisionSpec
 from kit.errors import UserError
 
+ARCHITECTURES: dict[str, Any] = load_yaml(DATA / "architectures.yaml")
 _TEXT_KEYS = ("text_config", "language_config", "llm_config")
-_LAYER_TYPE = {
-    "full_attention": "full",
-    "attention": "full",
-    "sliding_attention": "sliding",
-    "chunked_attention": "chunked",
-    "linear_attention": "linear",
-    "mamba": "mamba",
-    "mamba2": "mamba",
-}
-_HYBRID_LETTER = {"M": "mamba", "*": "full"}  # Nemotron-H; other letters are MLP or MoE layers
-
-
-# What published files leave to the model class.
-_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {"tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True},
-    "gemma3_text": {
-        "tie_word_embeddings": True,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-    },
-    "qwen3_next": {"attn_output_gate": True},  # queries are twice as wide
-}
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +20,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(nested, Mapping):
             config = {**config, **nested}
             break
-    return {**_CLASS_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    return {**ARCHITECTURES["class_defaults"].get(str(config.get("model_type")), {}), **config}
 
 
 def layer_kinds(fields: Fields, num_layers: int) -> list[str]:
@@ -54,9 +28,9 @@ def layer_kinds(fields: Fields, num_layers: int) -> list[str]:
     window = fields.get("sliding_window")
     types = fields.get("layer_types") or fields.get("layers_block_type")
     if types:
-        return _checked([_LAYER_TYPE.get(str(name), "full") for name in types], fields, num_layers)
+        return _checked([ARCHITECTURES["layer_types"].get(str(name), "full") for name in types], fields, num_layers)
     if pattern := fields.get("hybrid_override_pattern"):
-        return _checked([_HYBRID_LETTER.get(c, "none") for c in pattern], fields, num_layers)
+        return _checked([ARCHITECTURES["hybrid_letters"].get(c, "none") for c in pattern], fields, num_layers)
     if interval := fields.get("full_attention_interval"):
         return _every(int(interval), "linear", num_layers)
     if fields.get("model_type", "").startswith("llama4"):

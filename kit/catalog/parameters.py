@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from kit.catalog.layers import layer_kinds, linear_dims, mamba_dims
+from kit.catalog.layers import ARCHITECTURES, layer_kinds, linear_dims, mamba_dims
 from kit.catalog.shapes import Fields, MoeSpec
-
-_UNGATED = ("opt", "gpt2", "phi", "bloom", "gpt_neox", "starcoder2", "nemotron", "nemotron_h", "falcon")
-_ATTENTION_BIAS = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "opt", "phi", "gpt2")
-_QK_NORM = ("qwen3", "qwen3_moe", "qwen3_next", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "minimax_m2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +102,10 @@ def _attention(fields: Fields, hidden: int, head_dim: int, kinds: Counter[str]) 
 def _bias_and_norm(fields: Fields, hidden: int, heads: int, kv_heads: int, head_dim: int) -> int:
     model_type = fields.get("model_type", "")
     count = 0
-    if fields.get("attention_bias", model_type in _ATTENTION_BIAS):
+    if fields.get("attention_bias", model_type in ARCHITECTURES["attention_bias"]):
         count += (heads + 2 * kv_heads) * head_dim
-        count += hidden if model_type in ("opt", "phi", "gpt2", "gpt_oss") else 0
-    if model_type in _QK_NORM:
+        count += hidden if model_type in ARCHITECTURES["output_bias"] else 0
+    if model_type in ARCHITECTURES["qk_norm"]:
         count += 2 * head_dim
     return count
 
@@ -141,7 +137,7 @@ def _compressed(fields: Fields, hidden: int, heads: int, head_dim: int) -> int:
 def _feed_forward(fields: Fields, hidden: int, num_layers: int, moe: MoeSpec | None) -> tuple[int, int, int, int]:
     """Dense, shared-expert, routed-expert and router parameters."""
     model_type = fields.get("model_type", "")
-    matrices = 2 if model_type in _UNGATED else 3
+    matrices = 2 if model_type in ARCHITECTURES["ungated_mlp"] else 3
     width = fields.count("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
     if model_type.startswith("llama4"):
         width = fields.count("intermediate_size_mlp", default=width)

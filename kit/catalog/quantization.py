@@ -4,23 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from kit.catalog.paths import DATA, load_yaml
 from kit.errors import UserError, unknown
 
-QUANTIZATIONS = ("bf16", "fp8", "int8", "int4-awq", "int4-gptq", "int4-bnb", "mxfp4", "nvfp4")
-
-# Longest first: a suffix is cut once, then the rest is looked at again.
-_SUFFIXES = (
-    (r"[-.](unsloth-)?bnb-4bit", "int4-bnb"),
-    (r"[-.]gptq-int8", "int8"),
-    (r"[-.](gptq(-int4|-4bit)?|quantized\.w4a16|w4a16(-g\d+)?)", "int4-gptq"),
-    (r"[-.](awq(-int4|-4bit)?|int4)", "int4-awq"),
-    (r"[-.](quantized\.w8a8|w8a8|quantized\.w8a16|int8)", "int8"),
-    (r"[-.]nvfp4", "nvfp4"),
-    (r"[-.]mxfp4", "mxfp4"),
-    (r"[-.]fp4", "nvfp4"),
-    (r"[-.]fp8([-_](dynamic|block|kv))?", "fp8"),
-    (r"[-.](bf16|fp16)", "bf16"),
-)
+_DATA: dict[str, Any] = load_yaml(DATA / "quantizations.yaml")
+BYTES_PER_PARAMETER: dict[str, float] = _DATA["formats"]
+QUANTIZATIONS = tuple(BYTES_PER_PARAMETER)
 
 
 def split_suffix(name: str) -> tuple[str, str | None]:
@@ -31,7 +20,7 @@ def split_suffix(name: str) -> tuple[str, str | None]:
     >>> split_suffix("Qwen3-8B")
     ('Qwen3-8B', None)
     """
-    for pattern, quantization in _SUFFIXES:
+    for pattern, quantization in _DATA["suffixes"]:
         if match := re.search(pattern + r"$", name, re.IGNORECASE):
             return name[: match.start()], quantization
     return name, None
@@ -78,7 +67,7 @@ def _method(block: Mapping[str, Any], where: str) -> str:
         return _compressed_tensors(block)
     if method == "modelopt":
         return "nvfp4" if "FP4" in str(block.get("quant_algo", block)).upper() else "fp8"
-    names = {"fp8": "fp8", "fbgemm_fp8": "fp8", "awq": "int4-awq", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4"}
+    names: dict[str, str] = _DATA["quant_methods"]
     if method not in names:
         choices = [*names, "gptq", "bitsandbytes", "compressed-tensors", "modelopt"]
         raise unknown(f"quant_method in {where}", method, choices)

@@ -3,20 +3,10 @@
 from dataclasses import dataclass
 
 from kit.catalog import ModelSpec
+from kit.catalog.quantization import BYTES_PER_PARAMETER
 from kit.engine_config import ResolvedConfig
 from kit.memory.shape import Term
 
-# Bytes per parameter of a quantised matrix, its scales and zero points included.
-BYTES_PER_PARAMETER = {
-    "bf16": 2.0,
-    "fp8": 1.0,  # per-channel or 128 x 128 scales are below 0.1 %
-    "int8": 1.0,
-    "int4-awq": 0.5 + 2.5 / 128,  # groups of 128: a 16-bit scale and a 4-bit zero point
-    "int4-gptq": 0.5 + 2 / 128,
-    "int4-bnb": 0.5 + 1 / 64,  # nf4 blocks of 64 with quantised absmax
-    "mxfp4": 0.5 + 1 / 32,  # blocks of 32 share an 8-bit exponent
-    "nvfp4": 0.5 + 1 / 16,  # blocks of 16 share an fp8 scale
-}
 VOCAB_PADDING = 64  # vLLM pads the vocabulary so that it splits over ranks
 
 
