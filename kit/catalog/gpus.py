@@ -1,6 +1,6 @@
 """GPUs of data/gpus.yaml."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kit.catalog.paths import DATA, load_yaml
@@ -46,16 +46,6 @@ def gpu(key: str) -> GpuSpec:
     record, found = records.get(key.strip().lower()), key.strip().lower()
     if record is None:
         raise unknown("GPU", key, records, shown=30)
-    rates = {dtype: rate and float(rate) for dtype, rate in record["dense_flops_per_s"].items()}
-    floats = ("memory_relative_uncertainty", "memory_bandwidth_bytes_per_s", "pcie_bytes_per_s", "power_w")
-    plain = ("name", "memory_bytes", "compute_capability", "architecture", "multiprocessors", "source")
-    values: dict[str, Any] = {name: float(record[name]) for name in floats}
-    values |= {name: record[name] for name in plain}
-    return GpuSpec(
-        key=found,
-        dense_flops_per_s=rates,
-        link=record["link"]["name"],
-        link_bytes_per_s=float(record["link"]["bytes_per_s_per_direction"]),
-        nvml_names=tuple(record["nvml_names"]),
-        **values,
-    )
+    link = {"link": record["link"]["name"], "link_bytes_per_s": record["link"]["bytes_per_s_per_direction"]}
+    told = record | link | {"key": found, "nvml_names": tuple(record["nvml_names"])}
+    return GpuSpec(**{one.name: told[one.name] for one in fields(GpuSpec)})

@@ -82,24 +82,20 @@ def _startable_length(memory: MemoryPlan, context_tokens: int) -> int:
 def engine_args(memory: MemoryPlan, result: Answer, given: EngineConfig) -> dict[str, str]:
     """The engine's own flags for this plan: what was asked for, and what the answer needs."""
     config, flags = memory.config, engine_data(memory.config.engine)["flags"]
-    args: dict[str, str] = {}
-    if config.tensor_parallel_size > 1:
-        args["tensor_parallel_size"] = str(config.tensor_parallel_size)
-    if config.pipeline_parallel_size > 1:
-        args["pipeline_parallel_size"] = str(config.pipeline_parallel_size)
-    if given.quantization == "fp8" and memory.model.quantization is None:
-        args["quantization"] = "fp8"  # other formats need a checkpoint of their own
-    if config.kv_cache_dtype != "auto":
-        args["kv_cache_dtype"] = config.kv_cache_dtype
-    args["gpu_memory_utilization"] = f"{config.gpu_memory_utilization:g}"
-    if result.max_model_len and (given.max_model_len or result.max_model_len < config.max_model_len):
-        args["max_model_len"] = str(result.max_model_len)
-    for name in ("max_num_seqs", "max_num_batched_tokens"):
-        if getattr(given, name) is not None:
-            args[name] = str(getattr(config, name))
-    if config.enforce_eager:
-        args["enforce_eager"] = ""
-    return {flags[name]: value for name, value in args.items() if flags.get(name)}
+    length, tensor, pipeline = result.max_model_len, config.tensor_parallel_size, config.pipeline_parallel_size
+    args = {
+        "tensor_parallel_size": tensor if tensor > 1 else None,
+        "pipeline_parallel_size": pipeline if pipeline > 1 else None,
+        # other formats need a checkpoint of their own
+        "quantization": "fp8" if given.quantization == "fp8" and memory.model.quantization is None else None,
+        "kv_cache_dtype": None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        "gpu_memory_utilization": f"{config.gpu_memory_utilization:g}",
+        "max_model_len": length if length and (given.max_model_len or length < config.max_model_len) else None,
+        "max_num_seqs": given.max_num_seqs and config.max_num_seqs,
+        "max_num_batched_tokens": given.max_num_batched_tokens and config.max_num_batched_tokens,
+        "enforce_eager": "" if config.enforce_eager else None,
+    }
+    return {flags[name]: str(value) for name, value in args.items() if value is not None and flags.get(name)}
 
 
 def alternatives(

@@ -70,27 +70,19 @@ def config_from_log(config: EngineConfig, engine: str, values: dict[str, str]) -
 
 def compare(memory: MemoryPlan, values: dict[str, str], config: EngineConfig) -> Iterator[Compared]:
     """Each line that the log has, in order of cause: memory, weights, peak, pool, tokens."""
-    terms = {
-        "weights_gib": memory.weights,
-        "activation_gib": memory.activation,
-        "non_torch_gib": memory.non_torch,
-        "cuda_graph_gib": memory.cuda_graph,
-        "kv_cache_gib": memory.pool,
+    size = memory.gpu.memory_bytes
+    total = Term(size, memory.gpu.memory_relative_uncertainty * size)
+    lines = {
+        "gpu_memory_gib": (total, "another card, or ECC switched the other way"),
+        "weights_gib": (memory.weights, _weights_reason(memory, values, config)),
+        "activation_gib": (memory.activation, _activation_reason(memory, values, config)),
+        "non_torch_gib": (memory.non_torch, "communication buffers or libraries that this build loads or leaves out"),
+        "cuda_graph_gib": (memory.cuda_graph, "graphs are estimated from layers and batch sizes only"),
+        "kv_cache_gib": (memory.pool, "follows from the lines above: utilisation x memory less each of them"),
     }
-    if "gpu_memory_gib" in values:
-        card = memory.gpu
-        total = Term(card.memory_bytes, card.memory_relative_uncertainty * card.memory_bytes)
-        yield _line("gpu_memory_gib", values, total, "another card, or ECC switched the other way")
-    reasons = {
-        "weights_gib": _weights_reason(memory, values, config),
-        "activation_gib": _activation_reason(memory, values, config),
-        "non_torch_gib": "communication buffers or libraries that this build loads or leaves out",
-        "cuda_graph_gib": "graphs are estimated from layers and batch sizes only",
-        "kv_cache_gib": "follows from the lines above: utilisation x memory less each of them",
-    }
-    for name, term in terms.items():
+    for name, (term, reason) in lines.items():
         if name in values:
-            yield _line(name, values, term, reasons[name])
+            yield _line(name, values, term, reason)
     if "kv_cache_tokens" in values:
         low, high = (memory.kv_cache_tokens(size) for size in memory.kv_cache_bytes_interval)
         tokens, measured = memory.kv_cache_tokens(), float(values["kv_cache_tokens"])
