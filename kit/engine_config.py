@@ -32,21 +32,16 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedConfig:
+class ResolvedConfig(EngineConfig):
     """EngineConfig with nothing left open."""
 
-    engine: str
     engine_version: str
-    gpu_count: int
     tensor_parallel_size: int
-    pipeline_parallel_size: int
     quantization: str
-    kv_cache_dtype: str
     gpu_memory_utilization: float
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    enforce_eager: bool
     block_size: int
 
     @property

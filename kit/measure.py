@@ -138,7 +138,6 @@ def call(target: Target, path: str, body: dict[str, Any] | None = None) -> Any:
     """The JSON that its /v1 answers there; POST with a body. Raises OSError or ValueError."""
     key = os.environ.get(target.api_key_env or "", "")
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    url = target.base_url.rstrip("/").removesuffix("/v1") + "/v1" + path
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
+    request = urllib.request.Request(f"{target.root}/v1{path}", json.dumps(body).encode() if body else None, headers)
     with urllib.request.urlopen(request, timeout=target.timeout_s) as answer:
         return json.load(answer)

@@ -9,8 +9,6 @@ from kit.catalog.parameters import Parameters, count_parameters
 from kit.catalog.quantization import kv_cache_dtype_of, quantization_of
 from kit.catalog.shapes import AttentionGroup, Fields, MoeSpec, StateGroup, VisionSpec
 
-__all__ = ["AttentionGroup", "ModelSpec", "MoeSpec", "StateGroup", "parse_config"]
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

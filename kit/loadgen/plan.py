@@ -58,10 +58,13 @@ class Target:
         return parts.hostname or "", parts.port or (443 if self.tls else 80)
 
     @property
+    def root(self) -> str:
+        """The server's address without /v1."""
+        return self.base_url.rstrip("/").removesuffix("/v1")
+
+    @property
     def path(self) -> str:
-        root = urlsplit(self.base_url).path.rstrip("/")
-        root = root if root.endswith("/v1") else root + "/v1"
-        return root + ("/chat/completions" if self.endpoint == "chat" else "/completions")
+        return urlsplit(self.root).path + ("/v1/chat/completions" if self.endpoint == "chat" else "/v1/completions")
 
 
 @dataclass(frozen=True)

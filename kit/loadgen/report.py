@@ -13,10 +13,9 @@ PLAIN = ("failures", "output_tokens_per_s", "goodput_requests_per_s", "slo_attai
 
 def equivalents(target: Target, level: Level, input_len: int, output_len: int, burstiness: float) -> dict[str, str]:
     """Commands of aiperf, guidellm and vllm bench serve, from data/load_tools.yaml."""
-    root = target.base_url.rstrip("/").removesuffix("/v1")
     values = {
         "n": len(level.sessions), "value": level.value, "input_len": input_len, "output_len": output_len,
-        "shape": burstiness**-2, "root": shlex.quote(root), "model": shlex.quote(target.model),
+        "shape": burstiness**-2, "root": shlex.quote(target.root), "model": shlex.quote(target.model),
     }  # fmt: skip
     tools = load_yaml(DATA / "load_tools.yaml")
     return {name: f"{words['base']} {words[level.kind]}".format(**values).strip() for name, words in tools.items()}

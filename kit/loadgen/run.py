@@ -99,8 +99,7 @@ def _fresh_records(folder: Path) -> Path:
 def _run_level(
     target: Target, level: Level, prompts: PromptModel, options: Options, records: Path | None
 ) -> dict[str, Any]:
-    root = target.base_url.rstrip("/").removesuffix("/v1")
-    watch = ServerWatch(options.metrics_url or root + "/metrics")
+    watch = ServerWatch(options.metrics_url or target.root + "/metrics")
     path = str(records) if records else None
     crew = [_Worker(target, share, prompts, path) for share in level.deal(_workers(level, options))]
     try:

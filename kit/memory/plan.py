@@ -59,7 +59,7 @@ class MemoryPlan:
         return self.num_blocks(pool_bytes) / self.layout.blocks_per_sequence(context_tokens, budget)
 
 
-def plan(model: ModelSpec, gpu: GpuSpec, config: EngineConfig | ResolvedConfig) -> MemoryPlan:
+def plan(model: ModelSpec, gpu: GpuSpec, config: EngineConfig) -> MemoryPlan:
     """The memory plan of one replica; the poorest pipeline rank decides."""
     resolved = config if isinstance(config, ResolvedConfig) else resolve(config, model, gpu)
     ranks = stages(model.num_hidden_layers, resolved.pipeline_parallel_size)
