@@ -97,7 +97,7 @@ class Talk:
         key = 1000 * self.session.key + len(self.requests)
         self.requests.append(Request(key, len(self.text) // 4, turn.output_len, self.tree.path(known), self))
         self.text = known
-        self.clock.submit(self.requests[-1])
+        self.clock.submit(self.requests[-1], monotonic())
 
     def token(self, last: bool) -> None:
         if last and len(self.requests) == len(self.session.turns):
@@ -108,7 +108,7 @@ class Talk:
 
     def seen(self, start: float) -> Session:
         """The session with the arrivals and pauses as the clock had them."""
-        pauses = [b.times[0] - a.times[2] for a, b in pairwise(self.requests)] + [0.0]
+        pauses = [b.times[0] - a.times[3] for a, b in pairwise(self.requests)] + [0.0]
         turns = [replace(t, pause_after_s=pause_s) for t, pause_s in zip(self.session.turns, pauses, strict=True)]
         return replace(self.session, arrival_s=self.requests[0].times[0] - start, turns=turns)
 
@@ -130,8 +130,8 @@ async def schedule(kv_blocks: int) -> None:
     table = np.frombuffer(sim.turns).reshape(-1, len(COLUMNS))
     requests = [request for talk in talks for request in talk.requests]
     ours = {
-        "span": max(request.times[2] for request in requests) - start,
-        "TTFT p50": float(np.median([request.times[1] - request.times[0] for request in requests])),
+        "span": max(request.times[3] for request in requests) - start,
+        "TTFT p50": float(np.median([request.times[2] - request.times[0] for request in requests])),
     }
     column = COLUMNS.index
     theirs = {"span": sim.now / TICKS_PER_S,

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from kit import catalog
-from kit.emulator import Api, clock, hide
+from kit.emulator import Api, clock, hide, server
 from kit.emulator.page import Page
 from kit.emulator.server import Connection, Generation, listen
 from kit.emulator.text import PrefixTree, example, words
@@ -495,7 +495,7 @@ class Talk:
         request = Request(1000 * self.session.key + self.turn, len(self.text) // 4, turn.output_len, path, self)
         self.text += answer
         self.requests.append(request)
-        assert self.clock.submit(request) is None
+        assert self.clock.submit(request, clock.monotonic()) is None
 
     def token(self, last: bool) -> None:
         if last:
@@ -554,12 +554,34 @@ def test_it_schedules_as_the_simulator_does(
     assert min(api_s) >= (0.0052 if isinstance(steps, SlowApi) else 0.0)
 
 
+def test_a_request_counts_from_its_arrival_however_long_those_before_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, seen, body = VirtualLoop(), list[Any](), bytearray(b'{"max_tokens": 1, "messages": []}')
+    monkeypatch.setattr(clock, "monotonic", loop.monotonic)
+    monkeypatch.setattr(server, "monotonic", loop.monotonic)
+    api = Api("tiny", clock.Clock(LIMITS, Line(), Page(resolved(), "tiny", LIMITS), loop))
+
+    def slow(connection: Any, body: Any, arrival: float) -> None:
+        seen.append((connection, arrival, loop.now))
+        loop.now += 0.004
+
+    api.routes["POST /v1/chat/completions"] = slow
+    clients: list[Any] = [SimpleNamespace(key=key, asked=False) for key in range(4)]
+    monkeypatch.setattr(api, "connections", clients[:3])  # the last one has left
+    for client in clients:
+        api.arrived(client, "POST /v1/chat/completions", body)
+    loop.run()
+    assert [one[0] for one in seen] == clients[:3]
+    assert {arrival for _, arrival, _ in seen} == {1000.0}
+    assert seen[-1][2] > 1000.008
+    assert not any(client.asked for client in clients)
+
+
 def test_who_leaves_before_the_api_is_done_is_not_queued(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = VirtualLoop()
     monkeypatch.setattr(clock, "monotonic", loop.monotonic)
     real = clock.Clock(LIMITS, SlowApi(), Page(resolved(), "tiny", LIMITS), loop)
     calls = [Request(key, 100, 5, owner=SimpleNamespace(token=bool)) for key in range(2)]
-    assert [real.submit(call) for call in calls] == [None, None]
+    assert [real.submit(call, loop.now) for call in calls] == [None, None]
     assert real.values()["waiting"] == 2
     real.cancel(calls[0])
     loop.run()

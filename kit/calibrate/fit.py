@@ -27,7 +27,7 @@ SPREAD = np.array([spread for spread, _ in GROUPS.values()])
 # No published row tells these apart: seconds of one prompt in a step; a decode row's products by a prompt token's.
 OWN = {"chunk": 3e-4, "gemm_row": 1.0}
 NOISE = {"ttft_s": (0.03, 5e-4), "tpot_s": (0.01, 2e-5)}  # of a median in log, and what a client cannot see below in s
-DOUBTED = {"VALID": 1.0, "CLIENT_BOUND": 3.0}  # the same where the client was too slow to believe it
+DOUBTED = {"VALID": 1.0, "CLIENT_BOUND": 3.0}  # the same where many streams were too much for the client
 MANY, SIDES = 8, {50: 1, 25: 2, 75: 2}  # from so many requests on their quartiles count too, half as much
 NEAR = 0.15  # a percentile is the mean of the requests whose rank is this near: smoother where values cluster
 STEPS, FASTEST, BOUNDS = 24, 1.0, (0.02, 300.0)  # of the search, how far a root moves in one, and where it may be
@@ -65,13 +65,23 @@ def around(values: Floats, percent: int) -> Any:
 def compared(number: int, probe: Measured) -> list[Row]:
     """Medians (and quartiles where there are many) of a probe's like requests."""
     frame, rows = probe.frame, []
+    doubt = 1.0 if probe.slots == 1 else DOUBTED[probe.told["verdict"]]
     for quantity, (noise, least_s) in NOISE.items():
-        for group, values in frame[frame[quantity] > 0].groupby("group")[quantity]:
+        groups = frame[frame[quantity] > 0].groupby("group")[quantity]
+        apart = scatter(groups) if probe.slots == 1 else 0.0
+        for group, values in groups:
             for percent, factor in SIDES.items() if len(values) >= MANY else ((50, 1),):
                 figure = float(values.iloc[around(values.to_numpy(), percent)].mean())
-                sigma = np.hypot(noise * factor * DOUBTED[probe.told["verdict"]], least_s / figure)
+                own = np.hypot(noise * doubt, apart / np.sqrt(len(values)))
+                sigma = np.hypot(factor * own, least_s / figure)
                 rows.append(Row(number, str(group), values.index.to_numpy(), quantity, percent, figure, sigma))
     return rows
+
+
+def scatter(groups: Any) -> float:
+    """Standard deviation in log of requests that are alike and alone, over all groups: chance, and nothing else."""
+    off = groups.transform(lambda values: np.log(values / values.median()))
+    return float(np.sqrt((off**2).sum() / max(1, len(off) - len(groups))))
 
 
 class Fit:
@@ -183,7 +193,7 @@ def play(
     frame = probe.frame
     delays = _by_group(request_parts(steps.coefficients, frame["prompt_tokens"], frame["at_once"]), len(frame))
     cached = probe.slots is not None or probe.told.get("prefix_hit_fraction") != 0
-    sim = Logged(SimulationConfig(replace(limits, enable_prefix_caching=cached)), steps)
+    sim = Logged(SimulationConfig(replace(limits, enable_prefix_caching=cached), request_s=None), steps)  # in `delays`
     table = columns(sim.run(probe.sessions(chains, delays.sum(axis=0))))
     at = np.array([chains[int(key)][int(turn)] for key, turn in zip(table["key"], table["turn"], strict=True)], int)
     sent, first, end = (table[name] for name in ("arrival_s", "first_s", "end_s"))

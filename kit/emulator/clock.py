@@ -24,7 +24,7 @@ class Clock:
     def __init__(self, limits: SchedulerConfig, times: StepTime, page: Page, loop: Any = None) -> None:
         self.scheduler, self.step_time, self.page = Scheduler(limits), times, page
         self.loop: asyncio.AbstractEventLoop = loop or asyncio.get_running_loop()
-        self.end, self.told_late = NEVER, 0.0  # end of the step under way
+        self.end, self.free, self.told_late = NEVER, 0.0, 0.0  # end of the step under way, of the one before
         self.batch: Batch | None = None
         self.request_s = getattr(times, "request_s", lambda *_: 0.0)  # API and tokeniser, before the queue
         self.coming: list[tuple[float, int, Any]] = []  # calls that these two still have, by when they are done
@@ -32,17 +32,16 @@ class Clock:
         self.counts = dict.fromkeys(COUNTED, 0)
         self.timer: asyncio.Handle | None = None
 
-    def submit(self, call: Any) -> str | None:
-        """Queue a call that has just arrived; a text says why it is refused."""
+    def submit(self, call: Any, arrival: float) -> str | None:
+        """Queue a call that arrived then; a text says why it is refused."""
         if refusal := self.scheduler.refusal(call, len(self.coming)):
             return refusal
         at_once = 1 + sum(map(len, (self.scheduler.running, self.scheduler.waiting, self.coming)))
-        arrival = monotonic()
         ready = arrival + self.request_s(call.input_len, at_once)
         call.times = [arrival, ready]  # then: first and latest token
         heappush(self.coming, (ready, next(self.order), call))
         if self.coming[0][2] is call:
-            self._queue(arrival)
+            self._queue(monotonic())
         return None
 
     def _queue(self, now: float) -> None:
@@ -51,7 +50,7 @@ class Clock:
             ready, _, call = heappop(self.coming)
             self.scheduler.queue(call)
             if self.batch is None:
-                self._plan(ready)
+                self._plan(max(ready, self.free))
         self.arm(self.end)
 
     def cancel(self, call: Request) -> None:
@@ -106,7 +105,8 @@ class Clock:
         over = {call.key for call in finished}
         for call in rows + first:
             self.emit(call, now, call.key in over)
-        self._plan(max(self.end, now - GIVEN_UP_S))
+        self.free = max(self.end, now - GIVEN_UP_S)
+        self._plan(self.free)
 
     def emit(self, call: Any, now: float, last: bool) -> None:
         """Count one token and pass it on."""
@@ -144,9 +144,9 @@ class Paced(Clock):
         self.ttft_s, self.itl_s = pace_s
         self.due: list[tuple[float, int, Request]] = []
 
-    def submit(self, call: Any) -> str | None:
+    def submit(self, call: Any, arrival: float) -> str | None:
         """Take a call in; nothing is refused."""
-        call.times = 2 * [monotonic()]
+        call.times = 2 * [arrival]
         heappush(self.due, (call.times[0] + self.ttft_s, next(self.order), call))
         self.arm(self.due[0][0])
         return None

@@ -7,10 +7,12 @@ import json
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from itertools import count
+from time import monotonic
 from typing import Any
 from zlib import crc32
 
@@ -26,6 +28,7 @@ STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-E
 LAST_CHUNK = "0\r\n\r\n"
 TEXT = "text/plain; version=0.0.4"
 BACKLOG = 16_384
+SLICE_S = 0.001  # of work on requests that have arrived, before the loop looks for more
 GRACE_S = 2.0  # for answers under way when the server is told to stop
 
 
@@ -37,7 +40,7 @@ class Connection(asyncio.Protocol):
     """One client: its requests one after another, and the call that is being answered."""
 
     def __init__(self, api: "Api") -> None:
-        self.api, self.keep = api, True
+        self.api, self.keep, self.asked = api, True, False
         self.call: Generation | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -74,8 +77,8 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.keep, path = self.parser.should_keep_alive(), self.url.partition(b"?")[0]
-        if self.call is None:
-            self.api.serve(self, f"{self.parser.get_method().decode()} {path.decode()}", self.body)
+        if self.call is None and not self.asked:
+            self.api.arrived(self, f"{self.parser.get_method().decode()} {path.decode()}", self.body)
         else:
             self.transport.abort()  # pipelining, which nobody does
 
@@ -160,10 +163,11 @@ class Api:
     def __init__(self, model_name: str, clock: Clock) -> None:
         self.model_name, self.clock, self.limits = model_name, clock, clock.scheduler.config
         self.tree, self.keys = PrefixTree(self.limits.block_size), count(1)
+        self.asked = deque[tuple[Connection, str, bytearray, float]]()
         self.connections = set[Connection]()
         card = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "emulator"}
         card |= {"root": model_name, "max_model_len": self.limits.max_model_len, "emulated": True}
-        self.routes: dict[str, Callable[[Connection, Body], Body | str | None]] = {
+        self.routes: dict[str, Callable[[Connection, Body, float], Body | str | None]] = {
             "GET /health": lambda *_: "",
             "GET /v1/models": lambda *_: {"object": "list", "data": [card]},
             "GET /server_info": lambda *_: {"emulated": True, "max_num_seqs": self.limits.max_num_seqs},
@@ -172,23 +176,42 @@ class Api:
             **dict.fromkeys(("POST /v1/chat/completions", "POST /v1/completions"), self._generate),
         }
 
-    def serve(self, connection: Connection, route: str, body: bytearray) -> None:
+    def arrived(self, connection: Connection, route: str, body: bytearray) -> None:
+        """Stamp a request: reading it, which takes longer, must not keep those behind it waiting for theirs."""
+        if not self.asked:
+            self.clock.loop.call_soon(self._take)
+        connection.asked = True
+        self.asked.append((connection, route, body, monotonic()))
+
+    def _take(self) -> None:
+        """Serve what has arrived, and between slices let more arrive."""
+        until = monotonic() + SLICE_S
+        while self.asked and monotonic() < until:
+            connection, route, body, arrival = self.asked.popleft()
+            connection.asked = False
+            if connection in self.connections:
+                self.serve(connection, route, body, arrival)
+            self.clock.poll()
+        if self.asked:
+            self.clock.loop.call_soon(self._take)
+
+    def serve(self, connection: Connection, route: str, body: bytearray, arrival: float) -> None:
         """Answer one request, or start the call that will."""
         try:
             if route not in self.routes:
                 raise RefusedError(404, f"no {route} here")
-            if (reply := self.routes[route](connection, json.loads(body or b"{}"))) is not None:
+            if (reply := self.routes[route](connection, json.loads(body or b"{}"), arrival)) is not None:
                 connection.reply(200, reply)
         except RefusedError as refused:
             connection.reply(*refused.args)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             connection.reply(400, f"{type(error).__name__}: {error}")
 
-    def _tokenize(self, _: Connection, body: Body) -> Body:
+    def _tokenize(self, _: Connection, body: Body, __: float) -> Body:
         ids = np.frombuffer(prompt_bytes(body), "<u4") % 128_000
         return {"count": len(ids), "max_model_len": self.limits.max_model_len, "tokens": ids.tolist()}
 
-    def _generate(self, connection: Connection, body: Body) -> None:
+    def _generate(self, connection: Connection, body: Body, arrival: float) -> None:
         if body.get("model", self.model_name) != self.model_name:
             raise RefusedError(404, f"no model {body['model']!r} here, only {self.model_name!r}")
         if body.get("n", 1) != 1:
@@ -202,7 +225,7 @@ class Api:
         known = prompt + answer.encode() if isinstance(answer, str) else prompt
         path = () if isinstance(self.clock, Paced) else self.tree.path(known)
         request = Request(next(self.keys), input_len, output_len, path)
-        if refusal := self.clock.submit(request):
+        if refusal := self.clock.submit(request, arrival):
             self.clock.counts["refused"] += 1
             raise RefusedError(503 if refusal.startswith("queue") else 400, refusal)
         connection.call = request.owner = Generation(connection, request, body, answer, finish)
@@ -234,8 +257,8 @@ async def listen(make: Callable[[], Any], host: str, port: int, ready: Callable[
     ready(f"http://{host}:{server.sockets[0].getsockname()[1]}")
     await stop.wait()
     server.close()
-    until = time.monotonic() + GRACE_S
-    while time.monotonic() < until and any(one.call for one in api.connections):
+    until = monotonic() + GRACE_S
+    while monotonic() < until and any(one.call for one in api.connections):
         await asyncio.sleep(0.02)
     if failed:
         raise RuntimeError(f"the emulator's clock failed: {failed[0]}")

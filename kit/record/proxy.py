@@ -201,7 +201,7 @@ class Recorder:
             raise UserError(f"--out {out}: {error.strerror}") from None
         self._append({"kit_recording": 1, "started_utc": datetime.now(UTC).isoformat(timespec="seconds")})
 
-    def serve(self, client: Client, route: str, body: bytearray) -> None:
+    def arrived(self, client: Client, route: str, body: bytearray) -> None:
         """Pass a request on."""
         Answer(client, bytes(body), self)
 
