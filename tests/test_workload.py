@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from kit import workload
+from kit import scenario, workload
 from kit.errors import UserError
 from kit.traces import read
 from kit.workload.arrivals import Burst, Diurnal, Mmpp, Renewal
@@ -189,3 +189,15 @@ def test_scenarios_name_presets_that_exist() -> None:
     files = sorted((workload.FOLDER.parent / "scenarios").glob("*.yaml"))
     named = {yaml.safe_load(file.read_text())["workload"] for file in files}
     assert named <= set(workload.names())
+
+
+def whole(session: workload.Session) -> list[int]:
+    """Tokens at the end of every turn, sub-agents' ones too."""
+    own = [prompt + turn.output_len for prompt, turn in zip(session.input_lens(), session.turns, strict=True)]
+    return own + [tokens for turn in session.turns for child in turn.children for tokens in whole(child)]
+
+
+def test_the_engines_of_many_agents_take_all_their_turns() -> None:
+    case = scenario.load("multi-agent")
+    longest = [max(whole(session)) for session in workload.generate(workload.load(case.workload), 4, sessions=300)]
+    assert 3000 < max(longest) <= min(role.context_tokens for role in case.models)
