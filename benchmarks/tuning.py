@@ -23,10 +23,9 @@ from kit.memory import plan
 from kit.memory.startup import start_up
 from kit.metrics import meets_slo
 from kit.predict import Ask
-from kit.simulator import SimulationConfig
-from kit.simulator.answers import _requests, columns
+from kit.simulator import Simulation, SimulationConfig
+from kit.simulator.answers import as_requests, columns
 from kit.tune import Goal, Offer, Setup, Store, VirtualMachine, expected, tune
-from kit.tune.virtual import Window
 from kit.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,9 +201,9 @@ def _fixed(
     """Requests per second of fixed prompts (negative where the p99 misses the limit), and the seconds of the run."""
     ask = Ask(*lengths, request_rate=rate) if rate else Ask(*lengths, concurrency=count, requests_per_stream=1)
     sessions = list(ask.sessions(0.0, one.limits.max_model_len))[:count]
-    sim = Window(SimulationConfig(one.limits, warm=True), one.steps).run(sessions)
+    sim = Simulation(SimulationConfig(one.limits, warm=True), one.steps).run(sessions)
     turns = columns(sim)
-    requests = _requests(turns, sim.now / 1e15)
+    requests = as_requests(turns, sim.now / 1e15)
     assert meets_slo(requests, None, None).all()
     span_s = float(turns["end_s"].max())
     p99_s = float(np.quantile(turns["end_s"] - turns["arrival_s"], 0.99))

@@ -55,7 +55,7 @@ class Machine:
 
     def play(self, sessions: Sequence[Session], *, keep_kv: bool = True) -> Simulation:
         """The sessions to their end, API and tokeniser included."""
-        config = SimulationConfig(self.limits, keep_kv=keep_kv, request_s=self.steps.request_s)
+        config = SimulationConfig(self.limits, keep_kv=keep_kv)
         return Simulation(config, self.steps).run(sessions)
 
 

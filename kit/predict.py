@@ -76,7 +76,7 @@ def predict(
         raise UserError(f"--input-tokens + --output-tokens exceed the {limit} of {longest} tokens")
     # API and tokeniser act inside the loop, as a calibration saw them; published runs were fitted with them around it.
     inside = basis.basis == "calibrated"
-    cluster = SimulationConfig(limits, warm=True, request_s=steps.request_s if inside else None)
+    cluster = SimulationConfig(limits, warm=True, request_s=... if inside else None)
     simulation = Simulation(cluster, steps).run(ask.sessions(basis.length_spread, longest))
     before_s = 0.0 if inside else steps.request_s(ask.input_tokens, ask.concurrency or 1)
     limit_s = ask.slo_ttft_s and max(1e-9, ask.slo_ttft_s - before_s)

@@ -325,7 +325,7 @@ def raw_stream(port: int, body: dict[str, Any]) -> socket.socket:
 
 
 def test_a_full_queue_answers_503() -> None:
-    limits = replace(LIMITS, max_num_seqs=1, max_num_queued_reqs=1)
+    limits = replace(LIMITS, max_num_seqs=1, max_num_queued_reqs=2)  # running and waiting
     with serving(machine(limits=limits)) as served:
         slow = {"messages": [user("x")], "max_tokens": 8000}
         first = raw_stream(served.port, slow)

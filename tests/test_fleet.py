@@ -19,6 +19,7 @@ from kit.fleet.control import Fleet, Group
 from kit.fleet.day import FleetDay
 from kit.fleet.minutes import Queue, fill, run_minutes
 from kit.fleet.study import MONTH_DAYS
+from kit.fleet.traffic import each_call
 from kit.prices import GpuPrice
 from kit.scheduler import SchedulerConfig
 from kit.workload import Session, Turn
@@ -30,8 +31,11 @@ HOUR = 3600.0
 class ConstantSteps:
     """Every step takes the same time."""
 
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, seconds, api_s=0.0):
+        self.seconds, self.api_s = seconds, api_s
+
+    def request_s(self, input_len, at_once):
+        return self.api_s
 
     def step_s(self, chunks, decodes, context):
         return self.seconds
@@ -40,13 +44,13 @@ class ConstantSteps:
         return self.seconds, 0.0
 
 
-def kind(rated=2.0, step_s=0.02, lead_s=(300.0, 300.0), key="h100-pcie-80gb", **limits):
+def kind(rated=2.0, step_s=0.02, lead_s=(300.0, 300.0), key="h100-pcie-80gb", api_s=0.0, **limits):
     """A replica that keeps the SLO up to `rated` turns per second and nothing beyond twice that."""
     rates = np.array([rated / 10, rated, rated * 1.01, rated * 2])
     scheduler = SchedulerConfig(**{"kv_blocks": 10_000, **limits})
     curves = {"done_per_s": rates, "in_flight": rates * 2, "kv_cache_usage": rates * 0}
     curves["attainment"] = np.array([1.0, 1.0, 0.5, 0.0])
-    return Kind(gpu(key), 1, scheduler, ConstantSteps(step_s), lead_s, rates, **curves, e2el_s=2.0)
+    return Kind(gpu(key), 1, scheduler, ConstantSteps(step_s, api_s), lead_s, rates, **curves, e2el_s=2.0)
 
 
 def options(**changes):
@@ -75,8 +79,8 @@ MARKETS = st.sampled_from(["on_demand", "spot", "reserved"])
 GROUPS = st.lists(st.tuples(MARKETS, st.integers(0, 2), st.integers(0, 3), st.booleans()), min_size=1, max_size=3)
 
 
-def build(shape, chosen, horizon_s, seed, **fields):
-    one = kind()
+def build(shape, chosen, horizon_s, seed, api_s=0.0, **fields):
+    one = kind(api_s=api_s)
     made = [Group(one, market, price(**fields), floor, floor + more, spare) for market, floor, more, spare in shape]
     return Fleet(made, chosen, horizon_s, seed)
 
@@ -84,7 +88,8 @@ def build(shape, chosen, horizon_s, seed, **fields):
 @settings(max_examples=12, deadline=None)
 @given(GROUPS, st.booleans(), st.booleans(), st.integers(0, 99), st.sampled_from([0.0, 30.0, 120.0]))
 def test_every_turn_ends_in_one_count_and_every_hour_is_paid(shape, resume, sticky, seed, notice_s):
-    fleet = build(shape, options(resume=resume, sticky=sticky), HOUR, seed, interruption_notice_s=notice_s)
+    chosen = options(resume=resume, sticky=sticky)
+    fleet = build(shape, chosen, HOUR, seed, api_s=seed % 3, interruption_notice_s=notice_s)
     sessions = poisson_sessions(0.3, HOUR, seed, turns=3)
     day = FleetDay(fleet).run(sessions)
     done = completed(day, SLO)
@@ -104,6 +109,17 @@ def test_every_turn_ends_in_one_count_and_every_hour_is_paid(shape, resume, stic
         assert one.drain_s <= one.end_s
         assert one.group.market == "spot" or not one.reclaimed
     assert day.lost == 0 or any(one.end_s < np.inf for one in lives)
+
+
+def test_sub_agents_turns_are_in_the_minute_model_as_in_the_days():
+    kids = [Session(0, 0.0, [Turn(10, 2, 5.0), Turn(10, 2)], 1, 16), Session(0, 1.0, [Turn(10, 2)], 1, 16)]
+    parent = Session(0, 0.0, [Turn(10, 2, 3.0, children=kids), Turn(10, 2)], 0, 64)
+    day = FleetDay(build([("on_demand", 1, 0, False)], options(), HOUR, 0)).run([parent])
+    done = completed(day, SLO).sort_values("arrival_s")
+    made = sorted(each_call(parent))
+    assert [call[2] for call in made] == done.input_len.tolist() == [74, 26, 26, 38, 86]
+    turn_s = done.residence_s.mean()
+    assert [paused + number * turn_s for paused, number, *_ in made] == pytest.approx(done.arrival_s, abs=0.02)
 
 
 @settings(max_examples=15, deadline=None)

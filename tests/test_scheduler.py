@@ -1,12 +1,15 @@
 """Batching, blocks and prefix cache: invariants, a plain per-request reference, cases by hand."""
 
 from collections import OrderedDict, deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit import catalog
+from kit.engine_config import EngineConfig, engine_data, resolve
 from kit.scheduler import (
     OPEN_END,
     BlockPool,
@@ -14,7 +17,16 @@ from kit.scheduler import (
     Scheduler,
     SchedulerConfig,
     lru_hit_fraction,
+    scheduler_config,
 )
+
+
+def add(scheduler: Scheduler, request: Request) -> str | None:
+    """Queue it unless it is refused."""
+    if (why := scheduler.refusal(request)) is None:
+        scheduler.queue(request)
+    return why
+
 
 POLICIES = [
     {},
@@ -83,7 +95,7 @@ def test_blocks_limits_and_order(config: SchedulerConfig, drawn: list) -> None:
         for request, (*_, comes, _) in zip(requests, drawn, strict=True):
             if comes == step:
                 arrived.append(request.key)
-                if scheduler.add(request) is not None:
+                if add(scheduler, request) is not None:
                     refused.add(request.key)
         batch = scheduler.plan()
         check(scheduler, batch)
@@ -191,7 +203,7 @@ def test_equals_a_plain_loop_over_requests(config: SchedulerConfig, drawn: list)
     fast, plain = Scheduler(config), Plain(config)
     for step in range(4000):
         for key, (input_len, output_len, _, comes, _) in enumerate(drawn):
-            if comes == step and fast.add(Request(key, input_len, output_len)) is None:
+            if comes == step and add(fast, Request(key, input_len, output_len)) is None:
                 plain.waiting.append(SimpleNamespace(
                     key=key, input=input_len, target=input_len, limit=output_len, out=0, computed=0,
                     blocks=0,
@@ -239,8 +251,8 @@ def test_extents_equal_block_lru(capacity: int, walks: list) -> None:
 
 def test_chunked_prefill_shares_the_budget_with_decodes() -> None:
     scheduler = Scheduler(SchedulerConfig(kv_blocks=100, max_num_batched_tokens=100))
-    scheduler.add(Request(1, 40, 5))
-    scheduler.add(Request(2, 150, 2))
+    add(scheduler, Request(1, 40, 5))
+    add(scheduler, Request(2, 150, 2))
     sizes = []
     while (batch := scheduler.plan()) is not None:
         sizes.append(([tokens for _, tokens, _ in batch.chunks], batch.decodes))
@@ -250,8 +262,8 @@ def test_chunked_prefill_shares_the_budget_with_decodes() -> None:
 
 def test_prefill_first_policy_lets_decodes_wait() -> None:
     scheduler = Scheduler(SchedulerConfig(kv_blocks=100, max_num_batched_tokens=100, mixed_steps=False))
-    scheduler.add(Request(1, 40, 5))
-    scheduler.add(Request(2, 150, 2))
+    add(scheduler, Request(1, 40, 5))
+    add(scheduler, Request(2, 150, 2))
     sizes = []
     while (batch := scheduler.plan()) is not None:
         sizes.append(([tokens for _, tokens, _ in batch.chunks], batch.decodes))
@@ -262,23 +274,23 @@ def test_prefill_first_policy_lets_decodes_wait() -> None:
 def test_prefix_is_found_in_whole_blocks_and_the_last_token_is_computed() -> None:
     scheduler = Scheduler(SchedulerConfig(kv_blocks=100))
     path = ((7, OPEN_END),)
-    scheduler.add(Request(1, 40, 9, path))  # 40 prompt + 8 generated tokens with KV: 3 full blocks
+    add(scheduler, Request(1, 40, 9, path))  # 40 prompt + 8 generated tokens with KV: 3 full blocks
     while (batch := scheduler.plan()) is not None:
         scheduler.commit(batch)
-    scheduler.add(again := Request(2, 60, 1, path))
+    add(scheduler, again := Request(2, 60, 1, path))
     scheduler.plan()
     assert again.hit_tokens == 48
     scheduler = Scheduler(SchedulerConfig(kv_blocks=100))
     scheduler.pool.store(((7, 4),))
-    scheduler.add(whole := Request(3, 64, 1, path))
+    add(scheduler, whole := Request(3, 64, 1, path))
     assert [tokens for _, tokens, _ in scheduler.plan().chunks] == [16]
     assert whole.hit_tokens == 48
 
 
 def test_preemption_recomputes_prompt_and_output_of_the_last_admitted() -> None:
     scheduler = Scheduler(SchedulerConfig(kv_blocks=4, enable_prefix_caching=False))
-    scheduler.add(Request(1, 30, 30))
-    scheduler.add(last := Request(2, 28, 10))
+    add(scheduler, Request(1, 30, 30))
+    add(scheduler, last := Request(2, 28, 10))
     preempted = None
     while preempted is None:
         batch = scheduler.plan()
@@ -290,8 +302,8 @@ def test_preemption_recomputes_prompt_and_output_of_the_last_admitted() -> None:
 
 def test_horizon_stops_where_blocks_run_out() -> None:
     scheduler = Scheduler(SchedulerConfig(kv_blocks=4))
-    scheduler.add(Request(1, 16, 48))
-    scheduler.add(Request(2, 16, 48))
+    add(scheduler, Request(1, 16, 48))
+    add(scheduler, Request(2, 16, 48))
     scheduler.commit(scheduler.plan())
     batch = scheduler.plan()
     assert scheduler.horizon(batch) == 16
@@ -301,17 +313,32 @@ def test_horizon_stops_where_blocks_run_out() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "text"),
-    [
-        ({"max_model_len": 50}, "exceed max_model_len 50"),
-        ({"kv_blocks": 3}, "exceed the KV cache"),
-        ({"max_num_queued_reqs": 1}, "max_num_queued_reqs 1"),
-        ({"max_num_queued_tokens": 99}, "max_num_queued_tokens 99"),
-    ],
+    [({"max_model_len": 50}, "exceed max_model_len 50"), ({"kv_blocks": 3}, "exceed the KV cache")],
 )
-def test_admission_limits_refuse_with_a_reason(limits: dict, text: str) -> None:
-    scheduler = Scheduler(SchedulerConfig(**{"kv_blocks": 100, **limits}))
-    answers = [scheduler.add(Request(key, 50, 10)) for key in range(2)]
-    assert text in answers[-1]
+def test_what_can_never_run_is_refused_with_a_reason(limits: dict, text: str) -> None:
+    assert text in add(Scheduler(SchedulerConfig(**{"kv_blocks": 100, **limits})), Request(0, 50, 10))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_full_queue_counts_what_the_engine_counts(engine: str) -> None:
+    counts = engine_data(engine)["admission"]["max_num_queued_reqs"]["counts"]
+    parts = catalog.model("llama-3.1-8b"), catalog.gpu("h100-sxm-80gb")
+    limits = scheduler_config(resolve(EngineConfig(engine=engine), *parts), 1600)
+    scheduler = Scheduler(replace(limits, max_num_seqs=1, max_num_queued_reqs=2))
+    assert add(scheduler, Request(0, 50, 10)) is None
+    scheduler.commit(scheduler.plan())
+    assert add(scheduler, Request(1, 50, 10)) is None
+    told = add(scheduler, Request(2, 50, 10))  # one runs and one waits
+    assert told == {"in_flight": "queue is full (max_num_queued_reqs 2)", "waiting": None}[counts]
+    assert "max_num_queued_reqs 2" in add(scheduler, Request(3, 50, 10))
+
+
+def test_queued_tokens_are_whole_prompts_without_a_first_token() -> None:
+    scheduler = Scheduler(SchedulerConfig(100, max_num_seqs=1, max_num_queued_tokens=60))
+    assert [add(scheduler, Request(key, 50, 10)) for key in range(2)] == [None, None]  # 50 there, which is below 60
+    assert "max_num_queued_tokens 60" in add(scheduler, Request(2, 1, 10))
+    scheduler.commit(scheduler.plan())
+    assert add(scheduler, Request(3, 500, 10)) is None  # the first one decodes now
 
 
 def test_lru_hit_fraction_counts_blocks() -> None:

@@ -12,10 +12,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sse_server import paced, serving
 
 from kit import catalog, workload
 from kit.engine_config import EngineConfig, resolve
 from kit.errors import UserError
+from kit.loadgen import Options, Target, measure
+from kit.loadgen.plan import own_arrivals
 from kit.scheduler import SchedulerConfig
 from kit.simulator import COLUMNS, ROUTINGS, Load, Simulation, SimulationConfig, replica, study
 from kit.simulator.intervals import IntervalHistogram
@@ -73,7 +76,7 @@ def test_api_and_tokeniser_come_before_the_scheduler() -> None:
     # 0.1 s for its tokens and 1 s for the one request there; then prefill and two decode steps
     assert rows["admitted_s"][0] == pytest.approx(1.1)
     assert rows["first_s"][0] == pytest.approx(1.12)
-    assert rows["admitted_s"][1] - rows["arrival_s"][1] == pytest.approx(0.131 + 2)  # the long one is still there
+    assert rows["admitted_s"][1] - rows["arrival_s"][1] == pytest.approx(0.131 + 1)  # the long one never came in
     assert list(found.refusals) == ["5001 tokens exceed max_model_len 4096"]
     assert found.replicas[0].arriving == found.replicas[0].backlog_tokens == 0
     assert found.in_flight == {}
@@ -87,13 +90,38 @@ def test_a_newcomer_joins_at_the_end_of_the_step_under_way() -> None:
     assert sum(sim.intervals.counts) == 100
 
 
-def test_join_waits_for_the_slowest_child() -> None:
-    children = [Session(9, 0.0, [Turn(10, 11)]), Session(9, 0.0, [Turn(10, 201)])]
-    parent = Session(0, 0.0, [Turn(10, 1, 0.5, "tool", children=children), Turn(10, 1)])
-    rows = table(run([parent]))
-    own = rows["session"] > 0
-    assert rows["arrival_s"][own][1] == pytest.approx(rows["end_s"][~own].max())
-    assert rows["end_s"][~own].max() > 0.5 + rows["end_s"][own][0]
+def parent_of_two() -> Session:
+    """Two sub-agents, the slower one of two turns; then a pause, and the parent goes on."""
+    slow = Session(2, 0.05, [Turn(10, 21, 0.2, "tool"), Turn(10, 21)])
+    children = [Session(1, 0.0, [Turn(10, 11)]), slow]
+    return Session(0, 0.0, [Turn(10, 2, 0.1, "tool", children=children), Turn(10, 2)])
+
+
+def waits(names, turns, begun, ended) -> dict[tuple[str, int], float]:
+    """Seconds from the end of what each turn but the very first waited for to its beginning."""
+    calls = list(zip(names, turns, begun, ended, strict=True))
+    end = {(name, turn): end_s for name, turn, _, end_s in calls}
+    end["parent", 0, "joined"] = max(end_s for (name, *_), end_s in end.items() if name != "parent")
+    before = {("parent", 1): ("parent", 0, "joined"), ("slow", 1): ("slow", 0)}
+    return {
+        (name, turn): round(begun_s - end[before.get((name, turn), ("parent", 0))], 6)
+        for name, turn, begun_s, _ in calls
+        if (name, turn) != ("parent", 0)
+    }
+
+
+def test_a_pause_counts_from_the_join_here_and_in_the_load_generator(tmp_path: Path) -> None:
+    rows = table(run([parent_of_two()]))
+    names = {0: "parent", 1: "fast", 2: "slow"}
+    simulated = waits(map(names.get, rows["key"]), rows["turn"], rows["arrival_s"], rows["end_s"])
+    assert simulated == {("fast", 0): 0.0, ("slow", 0): 0.05, ("slow", 1): 0.2, ("parent", 1): 0.1}
+    with serving(paced(0.01, 0.005)) as server:
+        options = Options(log=lambda line: None)
+        measure(Target(server.base_url, "sse"), [own_arrivals([parent_of_two()])], options, tmp_path / "run")
+    sent = [json.loads(line) for line in (tmp_path / "run" / "requests.jsonl").read_text().splitlines()]
+    names = {"0": "parent", "0.1": "fast", "0.2": "slow"}
+    columns = ([one[name] for one in sent] for name in ("turn", "scheduled_s", "end_s"))
+    assert waits([names[one["session"]] for one in sent], *columns) == simulated
 
 
 def test_children_of_a_last_turn_are_played() -> None:

@@ -21,9 +21,8 @@ from kit.catalog.models import normalize
 from kit.errors import UserError
 from kit.loadgen import Level, Options, Target, measure
 from kit.scheduler import SchedulerConfig, StepTime
-from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig
+from kit.simulator import Simulation, SimulationConfig
 from kit.simulator.answers import columns
-from kit.simulator.loop import SessionState
 from kit.telemetry import read_page
 from kit.workload import Session
 
@@ -83,9 +82,7 @@ class VirtualServer:
 
     def measure(self, level: Level) -> Measured:
         """The probe as a client would see it."""
-        config = SimulationConfig(self.limits, request_s=getattr(self.step_time, "request_s", None))
-        sim = _Stopping(config, self.step_time)
-        sim.stop = (level.duration_s or np.inf) * TICKS_PER_S
+        sim = Simulation(SimulationConfig(self.limits), self.step_time, level.duration_s or np.inf)
         turns = [replace(one.turns[0], pause_after_s=self.turnaround_s, compact_to=0) for one in level.sessions]
         slots = [Session(slot, 0.0, turns[slot :: level.slots]) for slot in range(level.slots or 0) if turns[slot:]]
         table = np.sort(columns(sim.run(slots or level.sessions)), order=["arrival_s", "key"])
@@ -94,16 +91,6 @@ class VirtualServer:
         names = ("key", "turn", "input_len", "arrival_s", "first_s", "end_s", "input_len", "output_len")
         rows = {ours: table[theirs].tolist() for ours, theirs in zip(COLUMNS, names, strict=True)}
         return Measured(level.name, level.slots, rows, float(table["end_s"].max()), {"verdict": "VALID"})
-
-
-class _Stopping(Simulation):
-    """A simulation in which no turn is sent after `stop`, in ticks; what was sent runs to its end."""
-
-    stop = np.inf
-
-    def _arrive(self, state: SessionState, tick: int) -> None:
-        if tick < self.stop:
-            super()._arrive(state, tick)
 
 
 Server = LiveServer | VirtualServer

@@ -58,9 +58,7 @@ def command(
         config, basis = calibrate.load(calibration).apply(spec, card, config)
     basis = basis or fitted(spec, card, resolve(config, spec, card))
     limits, step_time, warnings = simulator.replica(spec, card, config, basis)
-    cluster = simulator.SimulationConfig(
-        limits, replicas, routing, not drop_kv, warm, ready_after, duration, request_s=step_time.request_s
-    )
+    cluster = simulator.SimulationConfig(limits, replicas, routing, not drop_kv, warm, ready_after, duration)
     preset = getattr(source, "slo", None)
     ttft_s, tpot_s = slo_ttft_s or getattr(preset, "ttft_s", None), slo_tpot_s or getattr(preset, "tpot_s", None)
     result = simulator.study(cluster, step_time, load, ttft_s, tpot_s, basis)

@@ -100,6 +100,7 @@ def measure(
     """
     scaled = SimpleNamespace(
         step_s=lambda *batch: factor * step_time.step_s(*batch),
+        request_s=getattr(step_time, "request_s", None),
         decode_line=lambda decodes: tuple(factor * part for part in step_time.decode_line(decodes)),
     )
     sim = Simulation(SimulationConfig(scheduler, warm=True), scaled)

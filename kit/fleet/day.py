@@ -38,22 +38,16 @@ class FleetDay(Simulation):
             if one.end_s < self.fleet.horizon_s + TAIL_S:
                 self._at(one.end_s, lambda one=one: self._end(one))  # type: ignore[misc]
 
-    def _send(self, state: Any) -> None:
+    def _send(self, state: Any, arrival: int | None = None) -> None:
+        """Send a turn to a replica, or hold it until there is one; its wait counts from `arrival`."""
         if callable(state):
             state()
-        else:
-            self.arrived += 1
-            self._submit(state, self.now)
-
-    def _submit(self, state: SessionState, arrival: int) -> None:
-        """Queue a turn on a replica, or hold it until there is one; its wait counts from `arrival`."""
-        if not self._serving():
-            self.held.append((state, arrival))
             return
-        super()._send(state)
-        last = next(reversed(self.in_flight.values()), None)
-        if last is not None and last.owner is state:
-            last.times[0] = arrival
+        self.arrived += arrival is None
+        if self._serving():
+            super()._send(state, arrival)
+        else:
+            self.held.append((state, self.now if arrival is None else arrival))
 
     def _serving(self) -> list[Replica]:
         return [one for one in self.replicas if self.instances[one.index].serves(self.now / TICKS_PER_S)]
@@ -71,7 +65,7 @@ class FleetDay(Simulation):
             self.replicas.append(Replica(one.key, kind.scheduler, self._clocks[kind]))
             waiting, self.held = self.held, []
             for state, arrival in waiting:
-                self._submit(state, arrival)
+                self._send(state, arrival)
 
     def _end(self, one: Instance) -> None:
         """The machine is gone: its turns are lost, or sent again from their start."""
@@ -80,11 +74,11 @@ class FleetDay(Simulation):
             return
         self.replicas.remove(replica)
         replica.version += 1
-        for request in [*replica.scheduler.running.values(), *replica.scheduler.waiting]:
+        for request in [one for one in self.in_flight.values() if one.owner.replica is replica]:
             del self.in_flight[request.key]
             if self.fleet.settings.resume:
                 self.resumed += 1
-                self._submit(request.owner, request.times[0])
+                self._send(request.owner, request.times[0])
                 continue
             self.lost += 1
             state, turns = request.owner, request.owner.session.turns
@@ -92,7 +86,7 @@ class FleetDay(Simulation):
             if state.turn == len(turns):
                 self._end_session(state)
             else:
-                self._arrive(state, self.now + round(turns[state.turn - 1].pause_after_s * TICKS_PER_S))
+                self._pause(state)
 
     def _tick(self) -> None:
         now, serving = self.now / TICKS_PER_S, self._serving()

@@ -16,6 +16,20 @@ SAMPLE = 2000
 Tier = tuple[float, float]  # a share of the sessions, from and to
 
 
+def each_call(session: Session, paused_s: float = 0.0, number: int = 0) -> list[tuple[float, int, int, int, int]]:
+    """Pauses and turns before each turn of a session and of its sub-agents, its prompt, answer and new tokens."""
+    made, new = list[tuple[float, int, int, int, int]](), session.shared_prefix_tokens
+    for turn, prompt in zip(session.turns, session.input_lens(), strict=True):
+        made.append((paused_s, number, prompt, turn.output_len, new + turn.new_tokens))
+        new, number = 0, number + 1
+        below = [each_call(child, paused_s + child.arrival_s, number) for child in turn.children]
+        if below:  # the join: the sub-agent with most pauses and turns, a turn counted as a second
+            paused_s, number = max(((calls[-1][0], calls[-1][1] + 1) for calls in below), key=sum)
+        made += [call for calls in below for call in calls]
+        paused_s += turn.pause_after_s
+    return made
+
+
 class Traffic:
     """The workload's arrivals, scaled to the scenario's conversations, with the daily bursts of its fleet section."""
 
@@ -31,17 +45,14 @@ class Traffic:
         self._tier, self._like = rng.random(len(starts)), rng.integers(SAMPLE, size=len(starts))
         draw = self.workload.session.draw
         self._sample = sample = [draw(np.random.default_rng([seed, 7, key]), key, 0.0) for key in range(SAMPLE)]
-        lengths = [(n, turn.output_len) for one in sample for n, turn in zip(one.input_lens(), one.turns, strict=True)]
-        self.tokens = np.array([prompt + answer / 2 for prompt, answer in lengths])  # held by a turn, on average
-        self._turns = np.array([len(one.turns) for one in sample])
-        self._number = np.concatenate([np.arange(count) for count in self._turns])  # of a turn in its session
-        pauses_s = ([0.0, *(turn.pause_after_s for turn in one.turns[:-1])] for one in sample)
-        self._paused_s = np.concatenate([np.cumsum(one) for one in pauses_s])  # before a turn
+        played = [each_call(one) for one in sample]
+        self._turns = np.array([len(calls) for calls in played])
+        rows = np.array([call for calls in played for call in calls])
+        self._paused_s, self._number, prompt, answer, new = rows.T  # pauses and turns before a turn; tokens
+        self.tokens = prompt + answer / 2  # held by a turn, on average
         self.stay_s = float(self._paused_s.mean())  # age of a session at a turn
-        self.prompt_tokens = float(np.mean([sum(one.input_lens()) for one in sample]))  # of one session
-        self.output_tokens = float(np.mean([sum(turn.output_len for turn in one.turns) for one in sample]))
-        new = [one.shared_prefix_tokens + sum(turn.new_tokens for turn in one.turns) for one in sample]
-        self.resent_tokens = self.prompt_tokens - float(np.mean(new))
+        self.prompt_tokens, self.output_tokens, fresh = (float(x.sum()) / SAMPLE for x in (prompt, answer, new))
+        self.resent_tokens = self.prompt_tokens - fresh  # these of one session, its sub-agents' included
 
     def _keys(self, first_s: float, last_s: float, tier: Tier) -> list[int]:
         inside = (self.starts_s >= first_s) & (self.starts_s < last_s)

@@ -18,7 +18,7 @@ class Scheduler:
     """Queues, batches and KV blocks of one replica.
 
     >>> scheduler = Scheduler(SchedulerConfig(kv_blocks=100))
-    >>> scheduler.add(Request(1, input_len=100, output_len=3))
+    >>> scheduler.queue(Request(1, input_len=100, output_len=3))
     >>> batch = scheduler.plan(); [(tokens, before) for _, tokens, before in batch.chunks]
     [(100, 0)]
     >>> first, finished = scheduler.commit(batch); [request.key for request in first]
@@ -37,39 +37,36 @@ class Scheduler:
         self.partial: Request | None = None  # the one whose prompt is not finished
         self.clock = self.decodes = self.context = 0  # decode steps so far; decode rows and their KV tokens
         self.peak_used = 0  # most blocks ever held by running requests
-        self.preemptions = self.query_tokens = self.hit_tokens = self.waiting_tokens = 0
+        self.preemptions = self.query_tokens = self.hit_tokens = 0
         self._grown = 0  # decode step up to which blocks are taken
         self._phase = [0] * config.block_size  # rows by when they next need a block
         self._due: list[tuple[int, int]] = []  # last decode step of a row, and its order
         self._order = count(1)
         self._blocked = False  # the head of the queue did not fit and nothing was released since
 
-    def add(self, request: Request) -> str | None:
-        """Queue a request; a text says why it is refused instead."""
-        refusal = self.refusal(request)
-        if refusal is None:
-            self.queue(request)
-        return refusal
-
     def refusal(self, request: Request, ahead: int = 0) -> str | None:
-        """Why the request would be refused with `ahead` more on their way to the queue; None where it would not."""
+        """Why the request is refused, with `ahead` more on their way to the queue; None where it is not."""
         config, total = self.config, request.input_len + request.output_len
-        tokens = self.waiting_tokens + request.input_len
         if total > config.max_model_len:
             return f"{total} tokens exceed max_model_len {config.max_model_len}"
         if -(-total // config.block_size) > config.kv_blocks:
             return f"{total} tokens exceed the KV cache of {config.kv_blocks} blocks"
-        for name, queued in (("max_num_queued_reqs", len(self.waiting) + ahead + 1), ("max_num_queued_tokens", tokens)):
-            if (limit := getattr(config, name)) is not None and queued > limit:
-                return f"queue is full ({name} {limit})"
+        queued = len(self.waiting) + ahead + len(self.running) * config.queued_reqs_include_running
+        if config.max_num_queued_reqs is not None and queued >= config.max_num_queued_reqs:
+            return f"queue is full (max_num_queued_reqs {config.max_num_queued_reqs})"
+        if config.max_num_queued_tokens is not None and self._prompt_tokens() >= config.max_num_queued_tokens:
+            return f"queue is full (max_num_queued_tokens {config.max_num_queued_tokens})"
         return None
+
+    def _prompt_tokens(self) -> int:
+        """Prompts without a first token, whole: what vLLM's API server knows of them."""
+        return sum(one.input_len for one in (*self.waiting, *self.running.values()) if not one.generated)
 
     def queue(self, request: Request) -> None:
         """Put a request that is not refused at the end of the queue."""
         if not self.config.enable_prefix_caching:
             request.path = ()
         self.waiting.append(request)
-        self.waiting_tokens += request.target
 
     def plan(self) -> Batch | None:
         """What the next step runs, with its blocks taken; None when there is nothing to run."""
@@ -132,7 +129,6 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
             self._blocked = False
-            self.waiting_tokens -= request.target
 
     def output_tokens(self, request: Request) -> int:
         """Tokens generated so far."""
@@ -173,7 +169,6 @@ class Scheduler:
             pool.drop(request.path)  # alone and still too big: more of its path is cached than used
             matched = 0
         self.waiting.popleft()
-        self.waiting_tokens -= request.target
         pool.pin(request.path)
         # the last token is always computed, so that there is a next one to sample
         request.computed = min(matched * size, (request.target - 1) // size * size)
@@ -241,7 +236,6 @@ class Scheduler:
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(request)
-        self.waiting_tokens += request.target
         batch.preempted.append(request)
 
     def _release(self, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kit.engine_config import ResolvedConfig
+from kit.engine_config import ResolvedConfig, engine_data
 from kit.scheduler.request import SchedulerConfig
 
 LIMITS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
@@ -20,4 +20,6 @@ POLICIES: dict[str, dict[str, Any]] = {
 def scheduler_config(config: ResolvedConfig, kv_cache_tokens: int) -> SchedulerConfig:
     """Limits and policy of a replica whose KV cache holds `kv_cache_tokens`."""
     limits = {name: getattr(config, name) for name in LIMITS}
+    queue = engine_data(config.engine).get("admission", {}).get("max_num_queued_reqs", {})
+    limits["queued_reqs_include_running"] = queue.get("counts") != "waiting"
     return SchedulerConfig(kv_cache_tokens // config.block_size, **limits, **POLICIES[config.engine])

@@ -17,7 +17,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 1 << 30
     max_num_queued_reqs: int | None = None
-    max_num_queued_tokens: int | None = None
+    max_num_queued_tokens: int | None = None  # of prompts without a first token
+    queued_reqs_include_running: bool = True  # as vLLM counts them; False: those that wait (SGLang)
     enable_prefix_caching: bool = True
     mixed_steps: bool = True  # False: a step is prefill or decode, prefill first (SGLang)
     reserve_own_output_fraction: float = 0.0  # admission keeps room for this share of its output

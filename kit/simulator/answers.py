@@ -25,11 +25,11 @@ def answers(
 ) -> dict[str, Any]:
     """Every answer of one run under the names of `kit simulate --json`."""
     turns, span_s = columns(sim), sim.now / TICKS_PER_S
-    judged = _judged(sim, turns, slo_ttft_s)
-    requests = _requests(judged, span_s)
-    in_burst = np.isin(judged["key"], list(burst_keys)) & (judged["turn"] == 0)
+    rows = judged(sim, turns, slo_ttft_s)
+    requests = as_requests(rows, span_s)
+    in_burst = np.isin(rows["key"], list(burst_keys)) & (rows["turn"] == 0)
     good = metrics.meets_slo(requests, slo_ttft_s, slo_tpot_s)
-    done, misses = len(turns), len(judged) - len(turns)
+    done, misses = len(turns), len(rows) - len(turns)
     has_slo = slo_ttft_s is not None or slo_tpot_s is not None
     pools = [replica.scheduler for replica in sim.replicas]
     asked = sum(scheduler.query_tokens for scheduler in pools)
@@ -52,7 +52,7 @@ def answers(
         "preemptions": sum(scheduler.preemptions for scheduler in pools),
         "kv_cache_usage": {"mean": float(np.mean([r.kv_cache_usage_mean(sim.now) for r in sim.replicas])), "max": peak},
         "slo_attainment_fraction": _share(good) if has_slo else None,
-        "burst": _burst(judged, in_burst, slo_ttft_s, span_s),
+        "burst": _burst(rows, in_burst, slo_ttft_s, span_s),
         "sessions": _sessions(turns, span_s),
         **_cache(turns),
         "task_s": _tasks(turns),
@@ -89,7 +89,7 @@ def columns(sim: Simulation) -> Turns:
     return np.frombuffer(sim.turns, [(name, float) for name in COLUMNS])
 
 
-def _judged(sim: Simulation, turns: Turns, slo_ttft_s: float | None) -> Turns:
+def judged(sim: Simulation, turns: Turns, slo_ttft_s: float | None) -> Turns:
     """Turns that can be judged, by arrival: completed, or refused or late in flight with NaN for what never was."""
     limit = float("inf") if slo_ttft_s is None else slo_ttft_s * TICKS_PER_S
     late = (one for one in sim.in_flight.values() if len(one.times) < 3 and sim.now - one.times[0] > limit)
@@ -103,7 +103,7 @@ def _judged(sim: Simulation, turns: Turns, slo_ttft_s: float | None) -> Turns:
     return both[np.lexsort((abs(both["session"]), both["arrival_s"]))]
 
 
-def _requests(turns: Turns, span_s: float) -> metrics.Requests:
+def as_requests(turns: Turns, span_s: float) -> metrics.Requests:
     arrival, end = turns["arrival_s"], turns["end_s"]
     ended, tokens = np.where(np.isnan(end), span_s, end), np.nan_to_num(turns["output_len"])
     return metrics.Requests(arrival, arrival, turns["first_s"], end, ended, tokens, ~np.isnan(end))
@@ -124,7 +124,7 @@ def _burst(turns: Turns, chosen: metrics.Bools, slo_ttft_s: float | None, span_s
     if len(at_s) and not chosen.any():
         start_s = at_s[(np.searchsorted(at_s, at_s + 60.0) - np.arange(len(at_s))).argmax()]
         chosen = (at_s >= start_s) & (at_s < start_s + 60.0)
-    taken = metrics.burst_absorption(_requests(turns[chosen], span_s), slo_ttft_s)
+    taken = metrics.burst_absorption(as_requests(turns[chosen], span_s), slo_ttft_s)
     return {"requests": int(chosen.sum()), **taken}
 
 

@@ -2,18 +2,19 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
+from types import EllipsisType
 from typing import Any
 
 from kit.scheduler import OPEN_END, Path, Request, SchedulerConfig, StepTime
 from kit.simulator.intervals import IntervalHistogram
 from kit.simulator.replica import Replica
 from kit.simulator.routing import router
-from kit.simulator.steps import TICKS_PER_S, StepClock
+from kit.simulator.steps import TICKS_PER_S, RequestTime, StepClock
 from kit.workload import Session
 
 COLUMNS = (
@@ -34,8 +35,7 @@ class SimulationConfig:
     ready_after_s: float = 0.0  # a cold start: replicas serve nothing before
     until_s: float | None = None  # the clock stops here; None: when all is done
     step_by_step: bool = False  # no jumps: the same answer, slowly
-    # Seconds of API and tokeniser before the scheduler sees a prompt, by its tokens and the requests there at once.
-    request_s: Callable[[int, int], float] | None = None
+    request_s: RequestTime | EllipsisType | None = ...  # API and tokeniser; ...: as the step time says, None: no time
 
 
 class SessionState:
@@ -46,17 +46,20 @@ class SessionState:
         self.number = number if parent is None else -number  # negative: a sub-agent
         self.chain = OPEN_END + number  # extent of its own context
         self.context = session.shared_prefix_tokens
-        self.turn = self.waiting_children = self.resume = 0
+        self.turn = self.waiting_children = 0
         self.pause_s = -1.0
         self.replica: Replica | None = None
 
 
 class Simulation:
-    """One run: replicas, sessions, and what happened to every turn."""
+    """One run: replicas, sessions, and what happened to every turn.
 
-    def __init__(self, config: SimulationConfig, step_time: StepTime) -> None:
-        self.config = config
-        clock = StepClock(step_time)
+    No turn is sent after `stop_s` or beyond `most` turns; unlike at `until_s`, what was sent runs to its end.
+    """
+
+    def __init__(self, config: SimulationConfig, step_time: StepTime, stop_s: float = inf, most: float = inf) -> None:
+        self.config, self.stop, self.left = config, stop_s * TICKS_PER_S, most
+        clock = StepClock(step_time, config.request_s)
         self.replicas = [Replica(i, config.scheduler, clock) for i in range(config.replicas)]
         self.route = router(config.routing, self.replicas)
         self.turns = array("d")  # COLUMNS of each completed turn
@@ -107,9 +110,11 @@ class Simulation:
         self._arrive(state, tick)
 
     def _arrive(self, state: SessionState, tick: int) -> None:
-        heappush(self._heap, (tick, 0, next(self._numbers), state))
+        if tick < self.stop and self.left > 0:
+            self.left -= 1
+            heappush(self._heap, (tick, 0, next(self._numbers), state))
 
-    def _send(self, state: SessionState) -> None:
+    def _send(self, state: SessionState, arrival: int | None = None) -> None:
         """A turn arrives: make its request, choose a replica, send it there."""
         turn = state.session.turns[state.turn]
         if turn.compact_to is not None:
@@ -117,32 +122,29 @@ class Simulation:
             state.context = state.session.shared_prefix_tokens + turn.compact_to
         input_len, path = state.context + turn.new_tokens, self._path(state)
         request = Request(next(self._numbers), input_len, turn.output_len, path, state)
-        request.times = [self.now]
+        request.times = [self.now if arrival is None else arrival]
         replica = state.replica = self.route(request, state.replica, self.now)
-        replica.backlog_tokens += input_len
-        self.in_flight[request.key] = request
-        if self.config.request_s is None:
-            self._queue(request)
-            return
-        replica.arriving += 1
-        ready = self.now + round(self.config.request_s(input_len, replica.load) * TICKS_PER_S)
-        heappush(self._heap, (ready, 0, next(self._numbers), request))
-
-    def _queue(self, request: Request) -> None:
-        """API and tokeniser are done with a request: its scheduler takes it in, or refuses it."""
-        state: SessionState = request.owner
-        replica = state.replica
-        assert replica is not None
-        replica.arriving -= self.config.request_s is not None
-        was_empty = not replica.scheduler.waiting
-        refusal = replica.scheduler.add(request)
-        if refusal is not None:
-            del self.in_flight[request.key]
-            replica.backlog_tokens -= request.input_len
+        if (refusal := replica.scheduler.refusal(request, replica.arriving)) is not None:
             self.refused.append(request)
             self.refusals[refusal] += 1
             self._end_session(state)
             return
+        replica.backlog_tokens += input_len
+        self.in_flight[request.key] = request
+        replica.arriving += 1
+        if ticks := replica.clock.request_ticks(input_len, replica.load):
+            heappush(self._heap, (self.now + ticks, 0, next(self._numbers), request))
+        else:
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        """API and tokeniser are done with a request: its scheduler takes it in."""
+        if request.key not in self.in_flight:
+            return  # its replica is gone
+        replica: Replica = request.owner.replica
+        replica.arriving -= 1
+        was_empty = not replica.scheduler.waiting
+        replica.scheduler.queue(request)
         if replica.batch is None and not replica.pending:
             self._plan_next(replica)
         elif was_empty and replica.steps > 1 and replica.shorten(self.now):
@@ -215,12 +217,16 @@ class Simulation:
         if not self.config.keep_kv:
             replica.scheduler.pool.drop(((state.chain, OPEN_END),))
         state.pause_s = turn.pause_after_s
-        state.resume = self.now + round(turn.pause_after_s * TICKS_PER_S)
         state.waiting_children = len(turn.children)
         for child in turn.children:
             self._begin(child, self.now + round(child.arrival_s * TICKS_PER_S), state)
         if not turn.children:
-            self._arrive(state, state.resume)
+            self._pause(state)
+
+    def _pause(self, state: SessionState) -> None:
+        """The next turn comes a pause after its session's last one, and all that it waited for, has ended."""
+        pause_s = state.session.turns[state.turn - 1].pause_after_s
+        self._arrive(state, self.now + round(pause_s * TICKS_PER_S))
 
     def _end_session(self, state: SessionState) -> None:
         if (parent := state.parent) is not None:
@@ -228,4 +234,4 @@ class Simulation:
             if parent.waiting_children == 0 and parent.turn == len(parent.session.turns):
                 self._end_session(parent)
             elif parent.waiting_children == 0:
-                self._arrive(parent, max(parent.resume, self.now))
+                self._pause(parent)

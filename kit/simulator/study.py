@@ -59,11 +59,9 @@ class Load:
         """What the trace does not say or leaves out."""
         if isinstance(self.source, Workload):
             return []
-        notes = {
-            f"{self.source.skipped} recorded calls without output were left out": self.source.skipped > 0,
-            "the trace has no common clock: session starts are spread evenly at random": not self.source.shared_clock,
-        }
-        return [note for note, applies in notes.items() if applies]
+        notes = [f"{self.source.skipped} recorded calls without output were left out"] * (self.source.skipped > 0)
+        clock = "the trace has no common clock: session starts are spread evenly at random"
+        return notes + [clock] * (not self.source.shared_clock)
 
     def _base(self) -> Iterator[Session]:
         if isinstance(self.source, Workload):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from math import inf
@@ -158,16 +158,8 @@ class Recorded:
     def __init__(self, folder: Path) -> None:
         self.missing = UserError(f"recorded run {folder}: its tuning is not complete")
 
-    def boot(self, flags: Mapping[str, Any], index: int) -> Boot:
-        """Refused."""
-        raise self.missing
-
-    def closed_loop(self, boot: Boot, concurrency: int, seed: int, min_turns: int) -> Level:
-        """Refused."""
-        raise self.missing
-
-    def open_loop(self, boot: Boot, seed: int, max_concurrency: int | None = None) -> Level:
-        """Refused."""
+    def __getattr__(self, name: str) -> Any:
+        """Refused, whatever it is."""
         raise self.missing
 
 

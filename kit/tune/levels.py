@@ -14,6 +14,7 @@ from kit.errors import UserError
 from kit.metrics import Requests
 
 QUANTILES = ("mean", "p50", "p90", "p95", "p99")
+LONGEST_S = 300.0  # in which the turns of a closed level are sent
 SERVER = ("running_mean", "kv_cache_usage_mean", "kv_cache_usage_max", "preemptions", "prefix_hit_fraction")
 
 
@@ -129,6 +130,12 @@ def judge(
     running, used, pool = (server.get("running_mean"), server.get("kv_cache_usage_mean"), boot.kv_cache_tokens)
     values["kv_tokens_per_turn"] = used * pool / running if running and pool and used is not None else None
     return Level(boot.index, boot.max_num_seqs, kind, concurrency, seed, n, span, **values)
+
+
+def cut_short(turns: float, duration_s: float) -> tuple[str, ...]:
+    """What a closed level says whose time was over before so many turns were sent."""
+    told = f"after {LONGEST_S:g} s {turns:g} turns were not sent: fewer are judged"
+    return (told,) if turns > 0 and duration_s >= LONGEST_S else ()
 
 
 def _steady(requests: Requests, input_len: metrics.Floats, concurrency: int) -> tuple[Requests, metrics.Floats]:

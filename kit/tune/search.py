@@ -187,12 +187,10 @@ class Tuner:
 
     def infeasible(self, alone: Level) -> Result:
         """No value helps where one turn alone is too slow."""
-        seen = (
-            ("TTFT", self.goal.slo_ttft_s, alone.ttft_s["p50"]),
-            ("TPOT", self.goal.slo_tpot_s, alone.tpot_s["p50"]),
-        )
-        text = "{} limit {:g} s: one turn alone takes {:.3g} s at the median"
-        told = [text.format(name, limit, took) for name, limit, took in seen if took and took > limit]
+        text, told, goal = "{} limit {:g} s: one turn alone takes {:.3g} s at the median", list[str](), self.goal
+        for name, limit, seen in (("TTFT", goal.slo_ttft_s, alone.ttft_s), ("TPOT", goal.slo_tpot_s, alone.tpot_s)):
+            if (took := seen["p50"]) and took > limit:
+                told.append(text.format(name, limit, took))
         met = alone.slo_attainment_fraction
         told.append(f"{met:.0%} of the turns meet the limits when each has the engine for itself")
         return Result("infeasible", slo_attainment_fraction=met, notes=tuple(told), **self.counted())

@@ -24,7 +24,7 @@ from kit.loadgen.plan import own_arrivals
 from kit.measure import call
 from kit.metrics import Requests
 from kit.telemetry import read_page
-from kit.tune.levels import Boot, Goal, Level, judge
+from kit.tune.levels import LONGEST_S, Boot, Goal, Level, cut_short, judge
 from kit.tune.load import Offer
 
 GRACE_S = 60.0  # nobody can be asked: a script may restart the server within this
@@ -59,7 +59,7 @@ class Server:
         """Slots that send their next turn when one ends; it stops when so many were sent."""
         turns = min_turns + 2 * concurrency
         sessions = self.offer.ready(concurrency, seed, turns)
-        load = Load("", sessions, "concurrency", concurrency, concurrency, turns=turns)
+        load = Load("", sessions, "concurrency", concurrency, concurrency, duration_s=LONGEST_S, turns=turns)
         return self._measure(boot, "closed", seed, load, concurrency)
 
     def open_loop(self, boot: Boot, seed: int, max_concurrency: int | None = None) -> Level:
@@ -79,6 +79,7 @@ class Server:
         requests = Requests(**columns, ok=rows["ok"].to_numpy(bool))
         prompts = rows["prompt_tokens"].fillna(rows["input_len"]).to_numpy(float)
         warnings = (*client, *summary["warnings"])
+        warnings += cut_short((load.turns or 0) - summary["sent"], summary["duration_s"])
         return judge(boot, kind, seed, requests, prompts, self.goal, server, concurrency, warnings)
 
     def stop(self) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import numpy as np
@@ -10,27 +9,12 @@ import numpy as np
 from kit.catalog import GpuSpec, ModelSpec
 from kit.emulator import hide
 from kit.engine_config import EngineConfig
-from kit.metrics import Requests
 from kit.scheduler import StepTime
 from kit.simulator import TICKS_PER_S, Simulation, SimulationConfig, replica
-from kit.simulator.answers import columns
-from kit.simulator.loop import SessionState
-from kit.tune.levels import Boot, Goal, Level, Store, judge
+from kit.simulator.answers import as_requests, columns, judged
+from kit.tune.levels import LONGEST_S, Boot, Goal, Level, Store, cut_short, judge
 from kit.tune.load import Offer
 from kit.tune.search import Setup, tune
-
-
-class Window(Simulation):
-    """A simulation in which no turn is sent after `stop_s` or beyond `most` turns; what was sent runs to its end."""
-
-    def __init__(self, config: SimulationConfig, step_time: StepTime, stop_s: float = inf, most: float = inf) -> None:
-        super().__init__(config, step_time)
-        self.stop, self.left = stop_s * TICKS_PER_S, most
-
-    def _arrive(self, state: SessionState, tick: int) -> None:
-        if tick < self.stop and self.left > 0:
-            self.left -= 1
-            super()._arrive(state, tick)
 
 
 class VirtualMachine:
@@ -53,25 +37,19 @@ class VirtualMachine:
     def closed_loop(self, boot: Boot, concurrency: int, seed: int, min_turns: int) -> Level:
         """`concurrency` turns always ready, until `min_turns` can be judged."""
         turns = min_turns + 2 * concurrency
-        sim = Window(SimulationConfig(self.limits, warm=True), self.steps, most=turns)
+        sim = Simulation(SimulationConfig(self.limits, warm=True), self.steps, LONGEST_S, turns)
         sim.run(self.offer.ready(concurrency, seed, turns))
         return self._level(boot, "closed", seed, sim, concurrency)
 
     def open_loop(self, boot: Boot, seed: int, max_concurrency: int | None = None) -> Level:
         """The workload with its burst. A cap in the client lets in what a scheduler with that limit would."""
         limits = replace(self.limits, max_num_seqs=min(boot.max_num_seqs, max_concurrency or boot.max_num_seqs))
-        sim = Window(SimulationConfig(limits, warm=True), self.steps, stop_s=self.offer.duration_s)
+        sim = Simulation(SimulationConfig(limits, warm=True), self.steps, self.offer.duration_s)
         return self._level(boot, "open", seed, sim.run(self.offer.arriving(seed)), max_concurrency)
 
     def _level(self, boot: Boot, kind: str, seed: int, sim: Simulation, concurrency: int | None) -> Level:
-        turns, pool = columns(sim), sim.replicas[0].scheduler
-        refused = np.full(len(sim.refused), np.nan, turns.dtype)
-        refused["arrival_s"] = [request.times[0] / TICKS_PER_S for request in sim.refused]
-        rows = np.concatenate([turns, refused])
-        at, end, ok = rows["arrival_s"], rows["end_s"], ~np.isnan(rows["end_s"])
-        ended = np.where(ok, end, at)
-        requests = Requests(at, at, rows["first_s"], end, ended, np.nan_to_num(rows["output_len"]), ok)
-        span_s = sim.now / TICKS_PER_S
+        turns, pool, span_s = columns(sim), sim.replicas[0].scheduler, sim.now / TICKS_PER_S
+        rows = judged(sim, turns, None)
         self.spent_s += span_s
         server = {
             "running_mean": float((turns["end_s"] - turns["admitted_s"]).sum() / span_s),
@@ -80,7 +58,9 @@ class VirtualMachine:
             "preemptions": pool.preemptions,
             "prefix_hit_fraction": pool.hit_tokens / pool.query_tokens if pool.query_tokens else None,
         }
-        return judge(boot, kind, seed, requests, np.nan_to_num(rows["input_len"]), self.goal, server, concurrency)
+        warnings = cut_short(sim.left, span_s) if kind == "closed" else ()
+        measured = as_requests(rows, span_s), np.nan_to_num(rows["input_len"])
+        return judge(boot, kind, seed, *measured, self.goal, server, concurrency, warnings)
 
 
 def expected(setup: Setup, offer: Offer, goal: Goal) -> int | None:

@@ -2,7 +2,7 @@
 
 What the simulator and the load generator share is an iterator of `Session`, ordered by `arrival_s`.
 Sessions arrive open-loop. Turns inside a session are closed-loop: turn k + 1 is sent
-`pause_after_s` after turn k has ended, and not before every child of turn k has ended (join).
+`pause_after_s` after turn k and every child of it have ended (join).
 
 Context rule: turn 0 sends `shared_prefix_tokens` (system prompt and tools, the same for all
 sessions with one `prefix_id`) and then its `new_tokens`; each later turn sends all that came

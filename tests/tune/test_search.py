@@ -246,3 +246,15 @@ def test_companions_in_each_engines_words(engine: str) -> None:
         old = EngineConfig(engine_version="0.20.0")
         assert "max_num_queued_reqs" not in companions(*parts, old, Goal(2.0, 0.05), 64, levels)[0]
         assert "max_num_queued_reqs" not in companions(*parts, EngineConfig(), Goal(np.inf, 0.05), 64, levels)[0]
+
+
+def test_a_closed_level_ends_by_time_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = virtual()
+    boot = machine.boot({"max_num_seqs": 64}, 1)
+    whole = machine.closed_loop(boot, 16, 1, 200)
+    monkeypatch.setattr("kit.tune.levels.LONGEST_S", whole.duration_s / 4)
+    monkeypatch.setattr("kit.tune.virtual.LONGEST_S", whole.duration_s / 4)
+    short = machine.closed_loop(boot, 16, 1, 200)
+    assert whole.warnings == ()
+    assert 0 < short.n < whole.n / 2
+    assert "turns were not sent" in short.warnings[0]

@@ -5,10 +5,9 @@ from itertools import pairwise
 from kit import workload
 from kit.metrics import peak_in_flight
 from kit.scheduler import SchedulerConfig
-from kit.simulator import SimulationConfig
+from kit.simulator import Simulation, SimulationConfig
 from kit.simulator.answers import columns
 from kit.tune import Offer
-from kit.tune.virtual import Window
 
 
 class Line:
@@ -30,7 +29,7 @@ def test_slots_hold_exactly_so_many_turns_until_enough_were_sent() -> None:
     assert sessions == offer.ready(8, 5, 100)
     assert {turn.pause_after_s for one in sessions for turn in one.turns} == {0.0}
     assert not any(turn.children for one in sessions for turn in one.turns)
-    turns = columns(Window(SLOTS, Line(), most=100).run(sessions))
+    turns = columns(Simulation(SLOTS, Line(), most=100).run(sessions))
     assert len(turns) == 100
     last_sent_s = turns["arrival_s"].max()
     assert peak_in_flight(turns["arrival_s"], turns["end_s"]) == 8
@@ -54,8 +53,8 @@ def test_nothing_is_sent_after_the_window() -> None:
     offer = Offer(workload.load("simple-chat"), 100.0, sessions=50, burst=10)
     sessions = offer.arriving(1)
     assert sum(one.arrival_s == 50.0 for one in sessions) == 10
-    turns = columns(Window(SLOTS, Line(), stop_s=100.0).run(sessions))
+    turns = columns(Simulation(SLOTS, Line(), stop_s=100.0).run(sessions))
     assert turns["arrival_s"].max() < 100.0
     assert turns["end_s"].max() > 100.0 or len(turns) > 0
-    everything = columns(Window(SLOTS, Line()).run(sessions))
+    everything = columns(Simulation(SLOTS, Line()).run(sessions))
     assert len(everything) > len(turns)
