@@ -19,7 +19,7 @@ ROUTER_LOCK = DATA.parent / "requirements" / "deploy-router.lock"
 PORT, GPU_PORT, EXPORTER_PORT = 8000, 9400, 9113
 POINTS = 10  # least weight: a consistent hash puts 160 points on its ring for each unit
 DEFAULTS = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "kv_cache_dtype": "auto"}
-BALANCE = ("consistent-hash", "sticky-least-loaded")
+BALANCE = ("consistent-hash", "sticky-least-loaded", "sticky-round-robin")
 Pools = list[dict[str, Any]]
 
 
@@ -55,7 +55,7 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
     if architecture == "tiered":  # LiteLLM comes back to one port for each pool
         edge |= {"upstream": "litellm", "upstream_port": 4000}
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]
-    elif given["balance"] != BALANCE[0]:
+    elif given["balance"] == BALANCE[1]:
         edge |= {"upstream": "router", "upstream_port": PORT}
     for one in upstreams:
         slowest = min(pool["speed"] for pool in one["pools"])

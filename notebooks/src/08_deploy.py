@@ -190,7 +190,8 @@ print(notebook.table(rows))
 # NGINX therefore hashes the session's header; a lost engine moves only its own sessions.
 # A hash does not count: with 200 sessions on four engines the fullest holds about 1.15 times the mean, and in one of
 # six draws more than 1.2 times.
-# `edge.balance: sticky-least-loaded` in `values.yaml` puts vllm-router behind NGINX, which counts.
+# `edge.balance: sticky-round-robin` in `values.yaml` deals new sessions in turn and remembers them;
+# `sticky-least-loaded` puts vllm-router behind NGINX, which counts.
 #
 # ## What do several engines on one GPU cost?
 

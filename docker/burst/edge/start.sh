@@ -38,6 +38,7 @@ if [ "${1:-}" = reload ]; then # start.sh reload: the changed files, old workers
     sh "$CONF/watch.sh" once
     exec nginx -p "$RUN" -c "$RUN/nginx.conf" -s reload
 fi
+rm -f "$RUN"/home-*.sock # of an NGINX that was killed
 sh "$CONF/watch.sh" once
 sh "$CONF/watch.sh" &
 exec nginx -p "$RUN" -c "$RUN/nginx.conf" -g 'daemon off;'

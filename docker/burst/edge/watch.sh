@@ -27,6 +27,26 @@ write() { # FILE LIMIT: the lines of its engines that serve
     done < "$CONF/$1"
 }
 
+homes() { # sticky-round-robin: for each engine in turn a page that names its upstream, whose backups are the others
+    : > "$RUN/turns.conf"
+    : > "$RUN/homes.conf"
+    number=0
+    while read -r word peer rest; do
+        home="home-$number" own=${rest%%;*}
+        number=$((number + 1))
+        if grep -qF "server $peer " "$RUN/servers-engines.conf"; then
+            weight=$(expr "$own" : '.*\(weight=[0-9]*\)' || true)
+            echo "server unix:$RUN/$home.sock $weight;" >> "$RUN/turns.conf"
+            echo "server { listen unix:$RUN/$home.sock backlog=16384; access_log off; location / { add_header X-Home $home; return 204; } }"
+            echo "upstream $home { server $peer $own;"
+            grep -vF "server $peer " "$RUN/servers-engines.conf" | sed 's/;.*/ backup;/' || true
+        else # sessions that it had
+            echo "upstream $home { hash \$affinity consistent; include servers-engines.conf;"
+        fi >> "$RUN/homes.conf"
+        echo "keepalive 256; keepalive_requests 10000; keepalive_timeout 4s; }" >> "$RUN/homes.conf"
+    done < "$CONF/servers-engines.conf"
+}
+
 limit=2
 [ "${1:-}" != once ] || limit=1
 while :; do
@@ -45,6 +65,7 @@ while :; do
             changed="$changed $file"
         fi
     done
+    if [ -n "$changed${1:-}" ] && grep -q '^ *include homes' "$RUN/nginx.conf"; then homes; fi
     [ "${1:-}" != once ] || exit 0
     if [ -n "$changed" ]; then
         echo "engines changed:$changed" >&2
