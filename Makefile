@@ -76,7 +76,7 @@ engine:
 	@requirements/engine.sh "$(ENGINE)" "$$($(FIND_PYTHON))"
 
 test-engines: $(VENV)/.dev
-	@$(BIN)/python -m pytest -m engine -rs --durations=0 tests/engines
+	@$(BIN)/python -m pytest -m engine -rs --durations=0 tests/engines tests/agents
 
 # The frameworks of notebook 10 in an environment of their own: what they pull in is theirs.
 AGENTS := .venv-agents

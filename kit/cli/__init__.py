@@ -1,8 +1,12 @@
 """The `kit` command: one module per subcommand, imported only when it is called."""
 
 import importlib
+import os
 import re
+import signal
 import sys
+from threading import Timer
+from typing import Any
 
 from kit.errors import UserError, unknown
 
@@ -28,6 +32,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
         return
+    sys.unraisablehook = _lost
     try:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
@@ -36,8 +41,18 @@ def main() -> None:
         sys.stderr.write(f"kit: {error}\n")
         sys.exit(2)
     except (KeyboardInterrupt, EOFError):
-        sys.stderr.write("kit: interrupted\n")
+        goes_on = (arguments[0] in ("load", "tune", "calibrate") and "--out" in arguments) or "--live" in arguments
+        kept = "; the same command goes on with what is in --out" if goes_on else ""
+        sys.stderr.write(f"kit: interrupted{kept}\n")
         sys.exit(130)
+
+
+def _lost(error: Any) -> None:
+    """A Ctrl-C that fell into a callback of Python's own, of an import say, is not lost: it comes again."""
+    if issubclass(error.exc_type, KeyboardInterrupt):
+        Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(error)
 
 
 def _print_help() -> None:
@@ -58,6 +73,8 @@ def _call(name: str, arguments: list[str]) -> None:
         code = command.main(arguments, prog_name=f"kit {name}", standalone_mode=False)
     except TyperException as error:
         raise UserError(_naming_the_value(error.format_message(), arguments)) from None
+    if code == 130:  # typer's, for Ctrl-C
+        raise KeyboardInterrupt
     if isinstance(code, int) and code:
         sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Real agents of three frameworks through kit record to the emulator, and to vLLM on the CPU where it is installed.
+"""Real agents of three frameworks through kit record to the emulator; test_engine.py has them on a real vLLM.
 
 `make agents` installs the frameworks, `make test-agents` runs this; without them it is skipped by name.
 """
