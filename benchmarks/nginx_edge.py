@@ -1,6 +1,6 @@
 """What a bundle's nginx costs and keeps: added time to the first token, 10,000 streams, reloads, the split of sessions.
 
-    python benchmarks/nginx_edge.py [--streams 10000] [--realtime] [--write | --json]
+    python benchmarks/nginx_edge.py [--streams 10000] [--balance sticky-round-robin] [--realtime] [--write | --json]
 
 Four paced servers (benchmarks/paced_server.c, needs cc) stand behind the nginx of a rendered single-node
 bundle, started as its container would start it; `kit load` measures them directly and through it. All of
@@ -37,14 +37,14 @@ OPEN = {"connections_per_key": 20_000, "requests_per_s_per_key": 20_000, "worker
 BEGIN, END = "<!-- nginx edge: begin -->", "<!-- nginx edge: end -->"
 
 
-def bundle(folder: Path) -> Path:
+def bundle(folder: Path, balance: str) -> Path:
     """A single-node bundle with four engines and limits that the load stays below."""
     source = Source(load_scenario("burst-10000"), "h100-sxm-80gb")
     render(source, "single-node", folder)
     values = yaml.safe_load((folder / "values.yaml").read_text())
     values["pools"]["main"] |= {"replicas": SERVERS, "gpu_count": 1}
     values["pools"]["main"]["flags"]["tensor_parallel_size"] = 1
-    values["edge"] |= OPEN
+    values["edge"] |= OPEN | {"balance": balance}
     (folder / "values.yaml").write_text(yaml.safe_dump(values))
     render(source, "single-node", folder)
     return folder
@@ -102,7 +102,7 @@ def split(urls: list[str], made: Stage) -> list[int]:
     return [after - earlier for after, earlier in zip(counts(), before, strict=True)]
 
 
-def measured(streams: int, first: list[str], runs: int) -> dict[str, Any]:
+def measured(streams: int, first: list[str], runs: int, balance: str) -> dict[str, Any]:
     """Everything, from servers that are started and stopped here."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, servers = Path(scratch), list[subprocess.Popen[bytes]]()
@@ -113,7 +113,7 @@ def measured(streams: int, first: list[str], runs: int) -> dict[str, Any]:
             servers += [subprocess.Popen([*first, server, str(port), *map(str, PACE_MS)]) for port in ports]
             urls = [f"http://127.0.0.1:{port}" for port in ports]
             addresses = {f"engine-{n}:8000": f"127.0.0.1:{port}" for n, port in enumerate(ports)}
-            with stage(bundle(folder / "bundle"), addresses, folder / "stage") as made:
+            with stage(bundle(folder / "bundle", balance), addresses, folder / "stage") as made:
                 if first:
                     group = os.getpgid(made.parts["edge"].process.pid)
                     pids = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()
@@ -123,6 +123,7 @@ def measured(streams: int, first: list[str], runs: int) -> dict[str, Any]:
                 found: dict[str, Any] = {"added": added(first, urls[0], made, runs), "reload": reloaded(first, made)}
                 wave = load(first, made.base_url, "--burst", str(streams), "--output-tokens", "50")
                 kept = ("sent", "completed", "failed", "failures", "peak_in_flight", "ttft_s", "verdict", "duration_s")
+                found["balance"] = balance
                 return found | {"streams": {name: wave[name] for name in kept}, "split": split(urls, made)}
         finally:
             for one in servers:
@@ -147,7 +148,10 @@ def text(found: dict[str, Any], realtime: bool) -> str:
             f"1,000 streams during {again['reloads']} reloads",
             f"{again['completed']:,} complete, {again['failed']} failed",
         ),
-        ("200 sessions by consistent hash", f"{' / '.join(map(str, found['split']))}, busiest over mean {fullest:.2f}"),
+        (
+            f"200 sessions, {found['balance']}",
+            f"{' / '.join(map(str, found['split']))}, busiest over mean {fullest:.2f}",
+        ),
     ]
     head = f"Measured on {datetime.date.today()}, four paced servers (TTFT {PACE_MS[0]} ms), nginx with two workers "
     head += f"and the client on 2 cores{before}, load average {os.getloadavg()[2]:.1f} over 15 minutes. Client: "
@@ -159,10 +163,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--balance", default="consistent-hash", choices=["consistent-hash", "sticky-round-robin"])
     for flag in ("--realtime", "--write", "--json"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_args()
-    result = measured(options.streams, ["chrt", "-f", "1"] if options.realtime else [], options.runs)
+    result = measured(options.streams, ["chrt", "-f", "1"] if options.realtime else [], options.runs, options.balance)
     if options.json:
         print(json.dumps(result))
     else:
