@@ -24,7 +24,7 @@ def command(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     pace: Annotated[str | None, typer.Option(metavar="TTFT_MS,ITL_MS", help="no engine: this for all")] = None,
     truth: Annotated[int | None, typer.Option(metavar="SEED", min=0, help="a hidden machine drawn from it")] = None,
-    max_num_queued_reqs: Annotated[int | None, typer.Option(min=1, help="requests beyond get HTTP 503; counted as the engine does")] = None,
+    max_num_queued_reqs: Annotated[int | None, typer.Option(min=1, help="beyond it HTTP 503")] = None,
     as_json: o.Json = False,
 ) -> None:
     """Serve as that engine on that GPU would schedule; times are the model's, never a GPU's."""
