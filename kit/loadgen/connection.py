@@ -28,6 +28,7 @@ SO_TIMESTAMPNS = 35  # Linux; the socket module has no name for it
 READ_BYTES = 1 << 15
 ANCILLARY_BYTES = socket.CMSG_SPACE(16)
 STAMP = struct.Struct("qq")
+STEP_S = 1e-3  # a stamp that lies further before what came before it is of another setting of the wall clock
 # A chunked 200 without trailers ends like this after the last event; other answers are parsed
 # read by read to find their end.
 CHUNKED = re.compile(
@@ -126,8 +127,11 @@ class Connection:
         arrival = now = monotonic()
         if ancillary:
             seconds, nanoseconds = STAMP.unpack(ancillary[0][2])
-            arrival = min(now, seconds + nanoseconds * 1e-9 - self.owner.wall_offset)
-            self.owner.read_lags.append(now - arrival)
+            stamp = min(now, seconds + nanoseconds * 1e-9 - self.owner.wall_offset)
+            call = self.call
+            if call is None or stamp > (call.arrivals[-1] if call.arrivals else call.sent) - STEP_S:
+                arrival = stamp  # else the wall clock was set meanwhile, and its stamp says nothing
+                self.owner.read_lags.append(now - arrival)
         self.received(data, arrival)
 
     def received(self, data: bytes, arrival: float) -> None:
