@@ -2,4 +2,6 @@
 
 import os
 
+collect_ignore = ["agents/taught_model.py"]  # runs in an engine's own environment, and is no test
+
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
