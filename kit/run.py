@@ -155,9 +155,8 @@ def _papermill(notebook: Path, output: Path, parameters: Mapping[str, Any]) -> s
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
 
-    config = Config(KernelManager={"transport_encryption": "auto"})
-    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # stderr keeps to the progress
-    options = {"kernel_name": "python3", "progress_bar": False, "config": config, "extra_arguments": quiet}
+    options = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}
+    options["config"] = Config(KernelManager={"transport_encryption": "auto"})
     try:
         papermill.execute_notebook(notebook, output, parameters, **options)
     except papermill.PapermillExecutionError as failure:

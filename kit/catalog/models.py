@@ -58,10 +58,7 @@ def model(name: str) -> ModelSpec:
     names = (_short(name), _short(base), normalize(name), normalize(base))
     path = next((_index()[one] for one in names if one in _index()), None)
     if path is None:
-        spec = _from_hub(name)
-        if spec is None:
-            raise unknown("model", name, model_keys())
-        return spec
+        return _from_hub(name)
     spec = _from_record(path)
     exact = _short(name) in _index() and spec.quantization is not None
     return replace(spec, quantization=quantization) if quantization and not exact else spec
@@ -106,10 +103,11 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _from_hub(name: str) -> ModelSpec | None:
-    """The config.json of a hub id, None where the hub is not reachable or has none."""
-    if "/" not in name or os.environ.get("HF_HUB_OFFLINE") == "1":
-        return None
+def _from_hub(name: str) -> ModelSpec:
+    """The config.json of a hub id; UserError where there is none, or the hub is not reached."""
+    told, offline = unknown("model", name, model_keys()), os.environ.get("HF_HUB_OFFLINE") == "1"
+    if "/" not in name or offline:
+        raise UserError(f"{told}; the hub is not asked (HF_HUB_OFFLINE)" if "/" in name else str(told))
     import urllib.request  # 20 ms that only this path needs
     from urllib.parse import quote
 
@@ -119,6 +117,7 @@ def _from_hub(name: str) -> ModelSpec | None:
         request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
-            return parse_config(json.load(answer), key=name, source=f"{endpoint}/{name}")
-    except (OSError, ValueError):  # not reachable, no such model, or no JSON
-        return None
+            config = json.load(answer)
+    except (OSError, ValueError) as error:  # not reachable, no such model, or no JSON
+        raise UserError(f"{told}; {endpoint} has no config.json of it: {getattr(error, 'reason', error)}") from None
+    return parse_config(config, key=name, source=f"{endpoint}/{name}")

@@ -1,6 +1,7 @@
 """kit fleet: what a scenario's traffic costs under each policy, and which of them meet the SLO."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def command(
 
     if refresh_prices:
         prices.refresh(base_url=refresh_prices)
-    result = compare(Study(load(Path(scenario) if Path(scenario).is_file() else scenario), days, seed), policies)
+    study = Study(load(Path(scenario) if Path(scenario).is_file() else scenario), days, seed)
+    result = compare(study, policies, sys.stderr.write)
     options.tell(result, _text, json_output)
 
 

@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -234,14 +234,18 @@ class Study:
         return figures | {"prices": [price.told(self.today)]}
 
 
-def compare(study: Study, policies: str = "all") -> dict[str, Any]:
-    """Each policy's row, the cheapest that meets the SLO for 95 % of the turns, or the nearest where none does."""
+def compare(study: Study, policies: str = "all", tell: Callable[[str], object] = str) -> dict[str, Any]:
+    """Each policy's row, the cheapest that meets the SLO for 95 % of the turns, or the nearest where none does.
+
+    Each policy's name goes to `tell` before it is played.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
     skipped: dict[str, str] = {}
     names = list(study.policies) if policies == "all" else policies.split(",")
     if wrong := [name for name in names if name not in study.policies]:
         raise unknown("policy", wrong[0], [*study.policies, "all"])
     for name in names:
+        tell(f"{name} ...\n")
         try:
             rows[name] = study.row(name)
         except UserError as error:

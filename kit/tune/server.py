@@ -165,7 +165,9 @@ def card(target: Target) -> dict[str, Any]:
     try:
         return dict(call(replace(target, timeout_s=ANSWER_S), "/models")["data"][0])
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-        raise UserError(f"--base-url {target.base_url}: no model in /v1/models ({error})") from None
+        raise UserError(
+            f"--base-url {target.base_url}: no model in /v1/models ({getattr(error, 'reason', error)})"
+        ) from None
 
 
 def answers(target: Target) -> bool:
