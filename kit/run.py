@@ -176,10 +176,7 @@ def walkthrough(
     """
     filled = fill(notebooks, given, asked)
     root = root.resolve()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {root}: {error.strerror}") from None
+    root.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(notebooks, start=1):
         sys.stderr.write(f"[{number}/{len(notebooks)}] {path.stem} ... ")

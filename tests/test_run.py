@@ -78,7 +78,7 @@ def test_an_out_that_is_a_file_is_bad_input(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         kit("--out", str(tmp_path / "file"), monkeypatch=monkeypatch)
     assert stop.value.code == 2
-    assert "--out: cannot write" in capsys.readouterr().err
+    assert f"kit: {tmp_path}/file/h100-sxm-80gb: Not a directory" in capsys.readouterr().err
 
 
 def test_values_take_the_type_of_their_default(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from errno import EDQUOT, ENOSPC
 from threading import Timer
 from typing import Any
 
@@ -39,6 +40,11 @@ def main() -> None:
         _call(arguments[0], arguments[1:])
     except UserError as error:
         sys.stderr.write(f"kit: {error}\n")
+        sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk; anything else is a fault of ours
+        if error.filename is None and error.errno not in (ENOSPC, EDQUOT):
+            raise
+        sys.stderr.write(f"kit: {error.filename or 'what was to be written is not'}: {error.strerror}\n")
         sys.exit(2)
     except (KeyboardInterrupt, EOFError):
         goes_on = (arguments[0] in ("load", "tune", "calibrate") and "--out" in arguments) or "--live" in arguments

@@ -26,10 +26,7 @@ def command(
         raise UserError(
             f"{', '.join(map(str, runs))}: no notebook that compares GPUs has run there: 02, 03, 04, 05, 07"
         )
-    try:
-        found["figure"] = str(compare.figure(found, out))
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+    found["figure"] = str(compare.figure(found, out))
     for warning in found["warnings"]:
         sys.stderr.write(f"kit compare: {warning}\n")
     sys.stdout.write(json.dumps(found) + "\n" if as_json else f"{compare.table(found)}\n{found['figure']}\n")

@@ -1,7 +1,8 @@
-"""Ctrl-C wherever it falls: a line, exit 130, never a traceback; and a wall clock that jumps changes no measure."""
+"""Ctrl-C, a wall clock that jumps, a full disk, no network: a clear line, never a traceback, nothing measured lost."""
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,3 +108,72 @@ def test_a_wall_clock_that_jumps_changes_nothing_measured(jump: str, tmp_path: P
     assert all(0 <= call["start_s"] < call["first_token_s"] < call["end_s"] < 60 for call in calls)
     ends = [call["end_s"] for call in calls]
     assert ends == sorted(ends)
+
+
+def in_a_namespace(kind: str, script: str, *, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """A shell with mounts (-m) or a network (-n) of its own, `kit` on its path."""
+    if subprocess.run(["unshare", kind, "true"], capture_output=True).returncode:
+        pytest.skip(f"unshare {kind} is not allowed here")
+    kit = shlex.join(KIT)
+    script = f'set -u; kit() {{ {kit} "$@"; }}; {script}'
+    return subprocess.run(["unshare", kind, "bash", "-c", script], cwd=folder, capture_output=True, text=True)
+
+
+SIMULATED = "--simulate --model llama-3.1-8b --gpu l40s-48gb --workload customer-service --slo-ttft-s 1 --max-boots 1"
+FULL = f"""
+mkdir disk; mount -t tmpfs -o size=64k tmpfs disk; head -c 65000 /dev/zero > disk/fill
+kit tune {SIMULATED} --slo-tpot-s 0.05 --out disk/tune > /dev/null 2> first; echo $?
+wc -l < disk/tune/tuning.jsonl
+kit deploy --scenario customer-service --architecture single-node --out disk/bundle; echo $?
+rm disk/fill
+kit tune {SIMULATED} --slo-tpot-s 0.05 --out disk/tune --json 2> second; echo $?
+wc -l < disk/tune/tuning.jsonl
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs and namespaces are Linux's")
+def test_a_full_disk_is_told_and_a_second_start_goes_on(tmp_path: Path) -> None:
+    done = in_a_namespace("-m", FULL, folder=tmp_path)
+    code, kept, deployed, result, again, now = done.stdout.split("\n", 5)
+    assert (code, deployed, again) == ("2", "2", "0"), done.stderr
+    assert (tmp_path / "first").read_text().splitlines()[-1].endswith("No space left on device")
+    assert done.stderr.strip().endswith("No space left on device")
+    assert "Traceback" not in done.stderr + (tmp_path / "first").read_text()
+    assert int(now) > int(kept)
+    assert json.loads(result)["recommended"]
+
+
+OFFLINE = """
+ip link set lo up
+kit size --model some-org/a-model --gpu l4-24gb; echo $?
+kit load --base-url http://example.com --model x --input-tokens 9 --output-tokens 9 --burst 1; echo $?
+kit record --upstream https://example.com --port 0; echo $?
+kit simulate --model llama-3.1-8b --gpu l4-24gb --workload customer-service --sessions 3 > /dev/null; echo $?
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_without_a_network_the_shipped_data_serve_and_the_rest_is_told(tmp_path: Path) -> None:
+    done = in_a_namespace("-n", OFFLINE, folder=tmp_path)
+    assert done.stdout.split() == ["2", "2", "2", "0"]
+    model, load, record = done.stderr.strip().splitlines()
+    assert "unknown model 'some-org/a-model'" in model
+    assert "huggingface.co has no config.json of it" in model
+    assert "cannot reach http://example.com" in load
+    assert "--upstream https://example.com: cannot be reached" in record
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["deploy", "--scenario", "customer-service", "--architecture", "single-node"],
+        ["tune", *SIMULATED.split(), "--slo-tpot-s", "0.05"],
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "below")
+    done = subprocess.run([*KIT, *command, "--out", out], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"kit: {out}")
+    assert "Traceback" not in done.stderr
