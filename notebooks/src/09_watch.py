@@ -302,15 +302,17 @@ print("\n".join(notebook.check(*pair) for pair in zip(given, right, strict=True)
 # %% [markdown]
 # ## Decision
 
-# %% tags=["nbval-check-output"]
+# %%
 yes = {True: "yes", False: "no"}
 queue_limit, kv_limit = limits["waiting_per_replica"], limits["kv_cache_usage_limit"]
 crossed = {name: (yes[one["waiting"] > queue_limit], yes[one["kv"] > kv_limit]) for name, one in phases.items()}
+print(f"Waiting over the limit, if only for a moment: calm {crossed['calm'][0]}, crowd {crossed['crowd'][0]}")
+print(f"KV cache over the limit, likewise: calm {crossed['calm'][1]}, crowd {crossed['crowd'][1]}")
+
+# %% tags=["nbval-check-output"]
 print(f"VRAM above 80 % while nobody asks: {yes[vram > 0.8]}")
 print(f"Scale on: over {queue_limit} requests waiting per replica for 2 min, or KV cache over {kv_limit:.0%} for 5 min")
-print(f"Waiting over the limit: calm {crossed['calm'][0]}, crowd {crossed['crowd'][0]}")
-print(f"KV cache over the limit: calm {crossed['calm'][1]}, crowd {crossed['crowd'][1]}")
-print(f"QueueBacklog fired: {yes['QueueBacklog' in firing]}")  # the other one's few seconds hang on this machine's pace
+print(f"QueueBacklog fired: {yes['QueueBacklog' in firing]}")  # moments, and the other one, hang on this machine's pace
 
 # %% tags=["nbval-ignore-output"]
 watched.stop()
