@@ -195,7 +195,7 @@ def answer(
 def emulated(question: Question, folder: Path) -> bool:
     """Whether the numbers are a model's: of virtual time, of the emulator, or of a server that says so."""
     if question.way == "base_url":
-        return bool(card(Target(question.server, question.model)).get("emulated"))
+        return bool(measure.card(Target(question.server, question.model)).get("emulated"))
     held = _held(folder / "tuning.jsonl") if question.way == "recorded" else {}
     return held.get("way", question.way) in ("simulate", "emulate")
 
