@@ -22,7 +22,7 @@ from kit.scenario import parallel
 from kit.tune.levels import Boot, Goal, Level, Result, Store
 from kit.tune.load import Offer
 from kit.tune.search import Setup, Tuner, tune
-from kit.tune.server import ByHand, NotRestarted, Server, card
+from kit.tune.server import ByHand, NotRestarted, Server
 from kit.tune.virtual import VirtualMachine, expected
 from kit.workload import Workload, load
 from kit.workload.arrivals import Burst
