@@ -1,5 +1,6 @@
 """What a notebook measures: an emulated engine that it starts, a live server, or a recorded run."""
 
+import http.client
 import json
 import os
 import resource
@@ -84,9 +85,9 @@ def bench(
         engine = emulate(model, gpu, config, Path(scratch.name) / "emulator.log", more)
         return Bench(source, Target(engine.launch.base_url, model), Path(scratch.name), options, engine, scratch)
     target = Target(base_url, model, api_key_env=api_key_env or None)
-    card = call(target, "/models")["data"][0]
-    source = "emulator" if card.get("emulated") else source  # ours says so; nothing of it is a measured speed
-    served = replace(target, model=card["id"])
+    told = card(target)
+    source = "emulator" if told.get("emulated") else source  # ours says so; nothing of it is a measured speed
+    served = replace(target, model=told["id"])
     return Bench(source, served, folder or Path(scratch.name), options, scratch=scratch)
 
 
@@ -132,6 +133,15 @@ def _serve(command: str, given: dict[str, Any], model: str, log: Path) -> Engine
     argv = [sys.executable, "-c", "from kit.cli import main; main()", command, "--port", str(port)]
     argv += [part for flag, value in flags.items() for part in (flag, str(value))[: 1 if value is True else 2]]
     return start(Launch(given.get("engine", command), argv, {}, "127.0.0.1", port, model, "/health", []), log)
+
+
+def card(target: Target) -> dict[str, Any]:
+    """The first model of /v1/models."""
+    try:
+        return dict(call(replace(target, timeout_s=10.0), "/models")["data"][0])
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"--base-url {target.base_url}: no model in /v1/models ({reason})") from None
 
 
 def call(target: Target, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -58,7 +58,7 @@ class Scenario(Strict):
     arrivals: dict[str, Any] = {"kind": "steady"}
     slo: dict[str, float | None] = {"ttft_s": 0.5, "tpot_s": 0.05, "e2el_s": None}
     conversations_per_day: PositiveInt | None = None
-    workload: str = ""
+    workload: str = "simple-chat"
     assumed: tuple[str, ...] = ()
     prices: dict[str, dict[str, Any]] | str = {}
     fleet: dict[str, Any] = {}

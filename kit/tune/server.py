@@ -21,7 +21,7 @@ from kit.errors import UserError
 from kit.loadgen import Options, Target
 from kit.loadgen.plan import Level as Load
 from kit.loadgen.plan import own_arrivals
-from kit.measure import call
+from kit.measure import card
 from kit.metrics import Requests
 from kit.telemetry import read_page
 from kit.tune.levels import LONGEST_S, Boot, Goal, Level, cut_short, judge
@@ -158,16 +158,6 @@ def _same(served: str, asked: str) -> bool:
         return catalog.model(served).key == catalog.model(asked).key
     except UserError:
         return False
-
-
-def card(target: Target) -> dict[str, Any]:
-    """The first model of /v1/models."""
-    try:
-        return dict(call(replace(target, timeout_s=ANSWER_S), "/models")["data"][0])
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"--base-url {target.base_url}: no model in /v1/models ({getattr(error, 'reason', error)})"
-        ) from None
 
 
 def answers(target: Target) -> bool:
