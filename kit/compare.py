@@ -122,7 +122,7 @@ def figure(found: Mapping[str, Any], folder: Path) -> Path:
         values = [run["values"][name] for run in runs]
         labels = [f"{number} {plots.short_name(catalog.gpu(run['gpu']))}" for number, run in enumerate(runs, 1)]
         bars = ax.barh(labels, [value or 0 for value in values], color=[plots.gpu_colour(run["gpu"]) for run in runs])
-        texts = ["unknown" if value is None else f"{value:,.{0 if value >= 100 else 2}f}" for value in values]
+        texts = ["unknown" if one is None else f"{one:,.0f}" if one >= 100 else f"{one:.3g}" for one in values]
         ax.bar_label(bars, texts, padding=4)
         ax.set(xlim=(0, 1.2 * max(filter(None, values), default=1)), xticks=[])
         ax.set_title(f"{name} ({told_how(found, name)})", fontsize=10)

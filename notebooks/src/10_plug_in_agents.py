@@ -269,6 +269,8 @@ notebook.prose_table(article.rows("10", numbers))
 # any good.
 # It asks for tools whenever there are some and no result yet; a real model decides, and needs a server that was
 # started with `--enable-auto-tool-choice` and a parser for its format.
+# `make test-engines` runs these agents on vLLM's CPU build with a small model that has learnt its tool calls by heart:
+# parser, parallel calls, streams and strict schemas are the real ones there; the choice of a tool is not tested.
 # A recording knows sessions by the header `x-session-id`, else by the messages that a call repeats.
 # An agent that rewrites its history without sending the header looks like several.
 
