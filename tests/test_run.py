@@ -48,7 +48,7 @@ def kit(*arguments: str, monkeypatch) -> None:
         (["--set", "levels"], "not name=value"),
         (["--gpu", "h100-sxm-81gb"], "h100-sxm-80gb"),
         (["--notebooks", "77"], "unknown notebook '77'"),
-        (["--scenario", "absent.yaml"], "'absent.yaml' does not exist"),
+        (["--scenario", "absent.yaml"], "'absent.yaml': no such file; bundled: "),
         (["--base-url", "http://127.0.0.1:9"], "cannot be reached"),
         (["--base-url", "localhost:8000"], "--base-url localhost:8000"),
         (["--no-such-option"], "--no-such-option"),

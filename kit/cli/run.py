@@ -11,12 +11,11 @@ from kit.cli.options import Json
 from kit.errors import UserError
 
 OPTIONS = {"gpu": "--gpu", "scenario": "--scenario", "base_url": "--base-url", "output_dir": "--out"}
-SCENARIO = typer.Option(exists=True, dir_okay=False, resolve_path=True, help="YAML file")
 
 
 def command(
     gpu: Annotated[str | None, typer.Option(help="default: this host's, else h100-sxm-80gb")] = None,
-    scenario: Annotated[Path | None, SCENARIO] = None,
+    scenario: Annotated[str | None, typer.Option(help="key of data/scenarios, or a YAML file")] = None,
     live: Annotated[bool, typer.Option("--live", help="start an engine here, measure it, stop it")] = False,
     engine: Annotated[str | None, typer.Option(help="vllm or sglang")] = None,
     engine_command: Annotated[str | None, typer.Option(help="its command, with {port} {model} {flags}")] = None,
@@ -28,8 +27,8 @@ def command(
 ) -> int:
     """Run the notebooks through papermill and write a report."""
     from kit import run
-    from kit.catalog.paths import load_yaml
     from kit.live import Live
+    from kit.scenario import load
 
     if (live and base_url) or (engine_command and not live):
         raise UserError("--live starts an engine, --base-url has one: give one of them; --engine-command needs --live")
@@ -38,8 +37,8 @@ def command(
     chosen = run.select([name.strip() for name in notebooks.split(",") if name.strip()])
     asked = _settings(settings or [])
     if scenario is not None:
-        load_yaml(scenario)  # broken YAML is told before anything runs
-        asked["scenario"] = str(scenario)
+        load(scenario)  # what is wrong with it is told before anything runs
+        asked["scenario"] = str(Path(scenario).resolve()) if Path(scenario).is_file() else scenario
     if base_url is not None:
         asked |= {"base_url": run.reachable(base_url), "source": "live"}
     asked |= {"engine": engine} if engine else {}
