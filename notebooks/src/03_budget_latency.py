@@ -269,11 +269,13 @@ print(f"Then in time: {many['slo_attainment_fraction']:.0%}; within the limits o
 #
 # Prefill multiplies: all tokens of a prompt at once, so it follows the FLOP/s.
 # Decode reads: the weights and the cache for one more token, so it follows the memory bandwidth (D3).
-# For a model that fits every card, 7B in 16 bits:
+# For a model that fits every card from 24 GB up, 7B in 16 bits:
 
 # %%
 small = catalog.model("mistral-7b-v0.3")
-keys = dict.fromkeys(["h100-sxm-80gb", "h100-pcie-80gb", "rtx-5090-32gb", "rtx-4090-24gb", "l40s-48gb", run.gpu.key])
+keys = dict.fromkeys(["h100-sxm-80gb", "h100-pcie-80gb", "rtx-5090-32gb", "rtx-4090-24gb", "l40s-48gb"])
+plain, alone = replace(config, gpu_count=1, quantization=None), replace(case.demand(), sessions=1, paused_sessions=0)
+keys |= {run.gpu.key: None} if scenarios.hold(small, run.gpu, plain, alone).answer.fits else {}
 speeds = [budget.phases(small, catalog.gpu(key)) for key in keys]
 heads = {"gpu": "GPU", "bf16 TFLOP/s": "TFLOP/s", "prefill_tokens_per_s": "prefill tokens/s"}
 heads |= {"TB/s": "TB/s", "decode_tokens_per_s": "decode tokens/s", "basis": "data"}
