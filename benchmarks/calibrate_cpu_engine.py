@@ -92,7 +92,7 @@ def measure(budget_s: float, sessions: int, over_s: float, keep: Path) -> dict[s
 
 
 def _simulated(limits: Any, steps: Any, sessions: list[Session]) -> dict[str, Any]:
-    config = SimulationConfig(limits, request_s=steps.request_s)
+    config = SimulationConfig(limits)
     return answers(Simulation(config, steps).run(sessions), None, None, set())
 
 

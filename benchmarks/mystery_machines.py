@@ -104,7 +104,7 @@ def workloads(limits: SchedulerConfig, steps: StepTime) -> dict[str, list[Sessio
 
 def outcome(limits: SchedulerConfig, steps: StepTime, sessions: list[Session]) -> tuple[float, float]:
     """TPOT mean and TTFT p50 in s."""
-    config = SimulationConfig(limits, warm=True, request_s=steps.request_s)
+    config = SimulationConfig(limits, warm=True)
     sim = Simulation(config, steps).run(sorted(sessions, key=lambda one: one.arrival_s))
     found = answers(sim, None, None, set())
     return found["tpot_s"]["mean"], found["ttft_s"]["p50"]

@@ -98,7 +98,7 @@ Server = LiveServer | VirtualServer
 
 def _get(target: Target, path: str) -> Any:
     """The text at a path of the server; raises UserError where there is none."""
-    url = target.base_url.rstrip("/").removesuffix("/v1") + path
+    url = target.root + path
     headers = {"Authorization": f"Bearer {os.environ[target.api_key_env]}"} if target.api_key_env else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=ASK_TIMEOUT_S) as answer:

@@ -55,7 +55,7 @@ def _edge(given: Mapping[str, Any], pools: Pools, architecture: str) -> dict[str
     if architecture == "tiered":  # LiteLLM comes back to one port for each pool
         edge |= {"upstream": "litellm", "upstream_port": 4000}
         upstreams = [{"name": one["name"], "port": 8100 + place, "pools": [one]} for place, one in enumerate(pools)]
-    elif given["balance"] == BALANCE[1]:
+    elif given["balance"] == "sticky-least-loaded":
         edge |= {"upstream": "router", "upstream_port": PORT}
     for one in upstreams:
         slowest = min(pool["speed"] for pool in one["pools"])

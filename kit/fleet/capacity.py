@@ -90,6 +90,15 @@ def completed(sim: Simulation, slo: dict[str, float | None]) -> pd.DataFrame:
     return turns.assign(good=good, residence_s=turns.end_s - turns.arrival_s)
 
 
+def _slower(step_time: StepTime, factor: float) -> Any:
+    """Steps `factor` times as long; API and tokeniser as they were."""
+    return SimpleNamespace(
+        step_s=lambda *batch: factor * step_time.step_s(*batch),
+        request_s=getattr(step_time, "request_s", None),
+        decode_line=lambda decodes: tuple(factor * part for part in step_time.decode_line(decodes)),
+    )
+
+
 def measure(
     scheduler: SchedulerConfig, step_time: StepTime, workload: Workload, slo: dict[str, Any], tokens: Floats,
     factor: float = 1.0, ramp_s: float = RAMP_S,
@@ -98,12 +107,7 @@ def measure(
 
     `tokens` that the turns of a sample hold: their work, where a full KV pool is what ends the capacity.
     """
-    scaled = SimpleNamespace(
-        step_s=lambda *batch: factor * step_time.step_s(*batch),
-        request_s=getattr(step_time, "request_s", None),
-        decode_line=lambda decodes: tuple(factor * part for part in step_time.decode_line(decodes)),
-    )
-    sim = Simulation(SimulationConfig(scheduler, warm=True), scaled)
+    sim = Simulation(SimulationConfig(scheduler, warm=True), _slower(step_time, factor))
     stopped_s, longest_s = 0.0, max(10.0, 10 * (slo["ttft_s"] or 1.0))
 
     def ramp() -> Iterator[Session]:

@@ -192,6 +192,5 @@ def pool(up: Engine | Target) -> int | None:
 
 
 def _get(target: Target, path: str) -> str:
-    root = target.base_url.rstrip("/").removesuffix("/v1")
-    with urllib.request.urlopen(root + path, timeout=ANSWER_S) as answer:
+    with urllib.request.urlopen(target.root + path, timeout=ANSWER_S) as answer:
         return str(answer.read().decode(errors="replace"))

@@ -170,7 +170,7 @@ limits, steps, _ = simulator.replica(run.model, run.gpu, shape)
 # %%
 found = {}
 for routing in ("round-robin", "least-loaded", "session"):
-    cluster = simulator.SimulationConfig(limits, engines, routing, warm=True, request_s=steps.request_s)
+    cluster = simulator.SimulationConfig(limits, engines, routing, warm=True)
     found[routing] = simulator.study(cluster, steps, simulator.Load(workload, sessions=min(50, case.sessions)))
 
 # %%
@@ -298,12 +298,12 @@ engines_after = again["values"]["pools"][first]["replicas"]
 # %% tags=["exercise"]
 found_by_prefix = None
 # solution
-by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True, request_s=steps.request_s)
+by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True)
 load_again = simulator.Load(workload, sessions=min(50, case.sessions))
 found_by_prefix = simulator.study(by_prefix, steps, load_again)["prefix_hit_fraction"]
 
 # %% tags=["exercise"]
-by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True, request_s=steps.request_s)
+by_prefix = simulator.SimulationConfig(limits, engines, "prefix", warm=True)
 load_again = simulator.Load(workload, sessions=min(50, case.sessions))
 right = (3, simulator.study(by_prefix, steps, load_again)["prefix_hit_fraction"])
 print("\n".join(notebook.check(*pair) for pair in zip((engines_after, found_by_prefix), right, strict=True)))
