@@ -7,6 +7,8 @@ import signal
 import sys
 from errno import EDQUOT, ENOSPC
 from threading import Timer
+from traceback import walk_stack
+from types import FrameType
 from typing import Any
 
 from kit.errors import UserError, unknown
@@ -31,9 +33,10 @@ def main() -> None:
     """Entry point: runs kit.cli.<command>.command; bad input is one line and exit code 2."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        _print_help()
-        return
+        return _print_help()
     sys.unraisablehook = _lost
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
@@ -53,12 +56,19 @@ def main() -> None:
         sys.exit(130)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """A Ctrl-C waits for an import's end: compiled modules (numpy, scipy) swallow it or call it a failed start."""
+    importing = any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in walk_stack(frame))
+    _again() if importing else signal.default_int_handler(number, frame)
+
+
+def _again() -> None:
+    Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
 def _lost(error: Any) -> None:
-    """A Ctrl-C that fell into a callback of Python's own, of an import say, is not lost: it comes again."""
-    if issubclass(error.exc_type, KeyboardInterrupt):
-        Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
-        sys.__unraisablehook__(error)
+    """A Ctrl-C that fell into a callback of Python's own is not lost: it comes again."""
+    _again() if issubclass(error.exc_type, KeyboardInterrupt) else sys.__unraisablehook__(error)
 
 
 def _print_help() -> None:
@@ -91,7 +101,8 @@ def _naming_the_value(message: str, arguments: list[str]) -> str:
     if not match:
         return message
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if option == match[1] or option.startswith(match[1] + "="):
-            given = value if option == match[1] else option.partition("=")[2]
+        name, equals, given = option.partition("=")
+        if name == match[1]:
+            given = given if equals else value
             return f"{match[1]} {given!r}: {message.partition(': ')[2]}"
     return message

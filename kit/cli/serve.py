@@ -1,13 +1,12 @@
 """What `kit emulate` and `kit record` share: a server that runs until it is told to stop."""
 
-import asyncio
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from kit.cli.options import tell
 from kit.emulator import listen
+from kit.loadgen.worker import run_loop
 
 
 def serve(make: Callable[[], Any], host: str, port: int, line: str, told: dict[str, Any], as_json: bool) -> None:
@@ -17,7 +16,4 @@ def serve(make: Callable[[], Any], host: str, port: int, line: str, told: dict[s
         sys.stderr.write(f"{url} {line}\n")
         tell({"base_url": url, **told}, lambda _: "", as_json)
 
-    run = asyncio.run
-    with suppress(ImportError):
-        from uvloop import run
-    run(listen(make, host, port, ready))
+    run_loop(listen(make, host, port, ready))

@@ -136,11 +136,11 @@ def _warnings(case: Scenario, architecture: str, target: str, pools: Pools) -> l
     held = sum(one["sessions"] * one["replicas"] for one in pools)
     if held < case.sessions:
         told.append(f"these engines hold {held:,} of the scenario's {case.sessions:,} sessions at full context")
+    for model in sorted({role.model for role in case.models} - {one["served_model_name"] for one in pools}):
+        told.append(f"the scenario's {model} is not served here: it needs a bundle of its own")
     here = sum(one["replicas"] * one["gpu_count"] for one in pools if one["place"] == "local")
     if target == "compose" and here > NODE_GPUS:
-        raise UserError(
-            f"{architecture}: {here} GPUs on one host, which has at most {NODE_GPUS}; lower pools' replicas"
-        )
+        raise UserError(f"{architecture}: {here} GPUs on one host, which has at most {NODE_GPUS}: lower replicas")
     for one in pools:
         asked = one["config"].quantization
         if asked not in ("bf16", "fp8") and asked != one["card_quantization"]:

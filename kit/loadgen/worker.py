@@ -27,12 +27,11 @@ def main(descriptor: int) -> None:
 def run_loop(work: Coroutine[Any, Any, None]) -> None:
     """Run on uvloop; where it is missing on asyncio, which carries less, and say so."""
     try:
-        import uvloop
+        from uvloop import run
     except ImportError:
-        sys.stderr.write("kit load: uvloop is not installed; asyncio carries fewer streams\n")
-        asyncio.run(work)
-        return
-    uvloop.run(work)
+        sys.stderr.write("kit: uvloop is not installed; asyncio carries fewer streams\n")
+        return asyncio.run(work)
+    return run(work)
 
 
 async def _work(

@@ -268,6 +268,13 @@ def test_several_engines_on_one_gpu_want_shares_and_say_what_they_cost(tmp_path)
     assert both < 0.8 * alone
 
 
+@pytest.mark.parametrize(("scenario", "missing"), [("multi-agent", ["codellama-13b"]), ("orchestrator", [])])
+def test_a_model_of_the_scenario_that_no_pool_serves_is_told(tmp_path, scenario, missing):
+    made(tmp_path, scenario=scenario)
+    notes = json.loads((tmp_path / "bundle.json").read_text())["warnings"]
+    assert [note.split()[2] for note in notes if "not served" in note] == missing
+
+
 def test_engines_take_gpus_in_turn(tmp_path):
     made(tmp_path, "single-node", "api-cluster", gpu="h100-sxm-80gb")
     services = compose(tmp_path)["services"].items()
