@@ -32,15 +32,13 @@ from scipy import stats
 
 from kit.engines import Engine, launch, start
 from kit.engines.launch import ENVIRONMENTS, ROOT
-from kit.telemetry import ServerMetrics
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- engines -->", "<!-- /engines -->"
-CONCURRENCY, REQUESTS = 16, 80
+CONCURRENCY, REQUESTS = 16, 128
 MEAN_LEN, SPREAD, SEED = 64, 0.5, 1000  # 32 to 96 tokens, uniform: equal ones would march in step
-TEMPLATE_TOKENS = 18  # what the chat template of the tiny model adds; kit load counts it in, vllm bench does not
 MODEL = ENVIRONMENTS / "tiny-model"
-WIDER = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
+WIDER = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
 QUANTITIES = {
     "prompt_tokens": "prompt tokens (the input)",
     "output_tokens_per_s": "output tokens/s",
@@ -49,26 +47,27 @@ QUANTITIES = {
 }
 
 
-surplus_tokens = [-TEMPLATE_TOKENS]  # the last is taken from what kit load is asked for; the warm-up corrects it
-lengths: list[tuple[int, int]] = []  # prompt and answer tokens, in order, as vllm bench drew them in the warm-up
+# Prompt (chat template included) and answer tokens, in order, as the server counted vllm bench's in the warm-up.
+lengths: list[tuple[int, int]] = []
 
 
 def with_kit(engine: Engine) -> dict[str, Any]:
     """One run of kit load."""
     call = [Path(sys.executable).with_name("kit"), "load", "--base-url", engine.launch.base_url, "--model", "tiny"]
     call += ["--concurrency", CONCURRENCY, "--requests", REQUESTS, "--seed", SEED, "--json"]
-    rows = [f"2026-01-01 00:00:00,{prompt - surplus_tokens[-1]},{answer}" for prompt, answer in lengths]
+    rows = [f"2026-01-01 00:00:00,{prompt},{answer}" for prompt, answer in lengths]
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.csv"
         trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
-        call += ["--trace", trace, "--trace-format", "azure"]
-        before = engine.metrics()
+        call += ["--trace", trace, "--trace-format", "azure", "--out", Path(folder) / "out"]
         done = subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True)
+        (requests,) = (Path(folder) / "out").rglob("requests.jsonl")
+        prompts = [json.loads(line)["prompt_tokens"] for line in requests.read_text().splitlines()]
     told = json.loads(done.stdout)
     assert told["completed"] == REQUESTS, told["failures"]
     assert told["output_tokens"] == sum(answer for _, answer in lengths)
     return {
-        "prompt_tokens": _grown(engine, before),
+        "prompt_tokens": float(np.mean(prompts)),
         "output_tokens_per_s": told["output_tokens_per_s"],
         "ttft_s": told["ttft_s"]["mean"],
         "tpot_s": told["tpot_s"]["mean"],
@@ -85,8 +84,8 @@ def with_vllm(engine: Engine) -> dict[str, Any]:
         call += ["--tokenizer", MODEL, "--dataset-name", "random", "--random-range-ratio", SPREAD, "--save-detailed"]
         call += ["--random-input-len", MEAN_LEN, "--random-output-len", MEAN_LEN]
         call += ["--num-prompts", REQUESTS, "--max-concurrency", CONCURRENCY]
+        call += ["--num-warmups", 8]  # as kit load's probes do: an engine left alone while it starts begins slowly
         call += ["--ignore-eos", "--seed", SEED, "--save-result", "--result-dir", folder, "--disable-tqdm"]
-        before = engine.metrics()
         quiet = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True, env=quiet)
         (result,) = Path(folder).glob("*.json")
@@ -94,19 +93,11 @@ def with_vllm(engine: Engine) -> dict[str, Any]:
     assert told["completed"] == REQUESTS
     lengths[:] = zip(told["input_lens"], told["output_lens"], strict=True)
     return {
-        "prompt_tokens": _grown(engine, before),
+        "prompt_tokens": float(np.mean(told["input_lens"])),
         "output_tokens_per_s": told["output_throughput"],
         "ttft_s": told["mean_ttft_ms"] / 1e3,
         "tpot_s": told["mean_tpot_ms"] / 1e3,
     }
-
-
-def _grown(engine: Engine, before: ServerMetrics | None) -> float:
-    """Prompt tokens per request by the server's own count (probes included)."""
-    after = engine.metrics()
-    assert before
-    assert after
-    return ((after.prompt_tokens or 0) - (before.prompt_tokens or 0)) / REQUESTS
 
 
 def widened(folder: Path) -> Path:
@@ -117,6 +108,13 @@ def widened(folder: Path) -> Path:
     return folder
 
 
+def apart(server: int) -> None:
+    """The engine core has one processor; API server and both clients, children of this process, have the other."""
+    found = subprocess.run(["pgrep", "-P", str(server)], capture_output=True, text=True, check=True)
+    for pid, processor in [(server, 1), (os.getpid(), 1), *((int(pid), 0) for pid in found.stdout.split())]:
+        subprocess.run(["taskset", "--all-tasks", "--cpu-list", "--pid", str(processor), str(pid)], check=True)
+
+
 def measure(pairs: int) -> list[dict[str, Any]]:
     """The pairs, after one run of each that warms the server up."""
     with socket.socket() as probe:
@@ -124,21 +122,20 @@ def measure(pairs: int) -> list[dict[str, Any]]:
         port = probe.getsockname()[1]
     flags = {"max_num_seqs": CONCURRENCY, "max_model_len": 4096, "enforce_eager": True}
     flags |= {"--no-enable-prefix-caching": True, "--load-format": "dummy"}
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
+    # Worker and engine core in one process: apart, the core polls for the worker and takes the clients' processor.
+    flags |= {"--distributed-executor-backend": "uni"}
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     rows = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         model = widened(Path(folder) / "model")
         wanted = launch("vllm", str(model), flags, port=port, served_model_name="tiny")
         engine = running.enter_context(start(wanted, Path(folder) / "engine.log"))
-        os.sched_setaffinity(0, {1})  # both clients, as children of this process
+        apart(engine.process.pid)
         for index in range(pairs + 1):
             order = [("kit", with_kit), ("vllm", with_vllm)][
                 :: 1 if index % 2 else -1
             ]  # the warm-up begins with vllm, which draws the lengths
             row = {name: run(engine) for name, run in order}
-            if not index:
-                more = row["kit"]["prompt_tokens"] - row["vllm"]["prompt_tokens"]
-                surplus_tokens.append(surplus_tokens[0] + round(more))
             if index:
                 rows.append(row)
                 print(json.dumps(row), flush=True)

@@ -119,9 +119,8 @@ def compute(asked: Mapping[str, Any] | str, found: Mapping[str, float] | None = 
     """
     if isinstance(asked, str):
         return (found or {})[asked]
-    ((name, arguments),) = asked.items()
-    found = {key: KINDS[key](value) if key in KINDS else value for key, value in arguments.items()}
-    return float(CALCULATIONS[name](**found))
+    ((name, given),) = asked.items()
+    return float(CALCULATIONS[name](**{key: KINDS.get(key, lambda one: one)(value) for key, value in given.items()}))
 
 
 def _also(record: Mapping[str, Any]) -> dict[str, float]:
@@ -210,11 +209,8 @@ def _day_tokens(case: scenario.Scenario, counts: str) -> float:
 
 
 KINDS: dict[str, Callable[[Any], Any]] = {
-    "model": find_model,
-    "models": lambda names: [find_model(name) for name in names],
-    "gpu": find_gpu,
-    "case": scenario.load,
-}
+    "model": find_model, "models": lambda names: [*map(find_model, names)], "gpu": find_gpu, "case": scenario.load,
+}  # fmt: skip
 CALCULATIONS: dict[str, Callable[..., float]] = {
     "sessions": _sessions,  # that one replica holds
     "together": lambda count, **asked: count * _sessions(**asked),  # sessions of several engines on one GPU
@@ -225,9 +221,7 @@ CALCULATIONS: dict[str, Callable[..., float]] = {
     "kv_gb": lambda model, context_tokens: model.kv_bytes_per_token() * context_tokens / GB,
     "share_sum": _share_sum,  # what a scenario's engines take of the fullest GPU, as a multiple
     # fewest GPUs over which a scenario's engines fit
-    "engine_gpus": lambda case, gpu: next(
-        (n for n, _ in enumerate(case.models, 1) if _share_sum(case, gpu, n) <= 1), inf
-    ),
+    "engine_gpus": lambda case, gpu: next((n for n in range(1, 9) if _share_sum(case, gpu, n) <= 1), inf),
     "total_gb": lambda gpu: gpu.memory_bytes / GB,
     "usable_gb": lambda **asked: _held(**asked).memory.budget.size_bytes / GB,
     "share": lambda **asked: _held(**asked).memory.config.gpu_memory_utilization,

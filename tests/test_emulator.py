@@ -471,8 +471,8 @@ class VirtualLoop:
     def get_debug(self) -> bool:
         return False
 
-    def run(self) -> None:
-        while self.heap:
+    def run(self, until: Callable[[], int] = lambda: False) -> None:
+        while self.heap and not until():
             due, _, handle = heappop(self.heap)
             self.now = max(self.now, due)
             if not handle.cancelled():
@@ -550,8 +550,29 @@ def test_it_schedules_as_the_simulator_does(
     turns = np.frombuffer(simulated.turns).reshape(-1, 15)
     ttft_s = np.median([request.times[2] - request.times[0] for talk in talks for request in talk.requests])
     assert ttft_s == pytest.approx(np.median(turns[:, 7] - turns[:, 5]), rel=0.03)
-    api_s = [request.times[1] - request.times[0] for talk in talks for request in talk.requests]
-    assert min(api_s) >= (0.0052 if isinstance(steps, SlowApi) else 0.0)
+    spent = [request.times for talk in talks for request in talk.requests]
+    outside_the_queue_s = min(first - arrival - waited for arrival, waited, first, _ in spent)
+    assert outside_the_queue_s >= (0.0052 if isinstance(steps, SlowApi) else 0.0)
+    asked, told = page.histograms["e2el"], page.histograms["queue_time"]
+    assert sum(told.counts) == sum(asked.counts) == len(spent)
+    assert told.sum == pytest.approx(sum(waited for _, waited, *_ in spent))
+    assert min(waited for _, waited, *_ in spent) >= -1e-9
+
+
+def test_the_queue_time_is_told_when_the_engine_tells_it() -> None:
+    """vLLM at a request's end, so that its share of the latency is one; SGLang at the first forward pass."""
+    told = {}
+    for engine in ("vllm", "sglang"):
+        loop = VirtualLoop()
+        page = Page(resolved(engine), "tiny", LIMITS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(clock, "monotonic", loop.monotonic)
+            real = clock.Clock(LIMITS, Line(), page, loop)
+            talk = Talk(sessions(1, 1)[0], real, PrefixTree(LIMITS.block_size), loop)
+            talk.send()
+            loop.run(until=lambda page=page: sum(page.histograms["ttft"].counts))
+        told[engine] = sum(page.histograms["queue_time"].counts)
+    assert told == {"vllm": 0, "sglang": 1}
 
 
 def test_a_request_counts_from_its_arrival_however_long_those_before_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

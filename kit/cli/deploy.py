@@ -5,22 +5,20 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from kit.cli import options
 
 
 def command(
-    check: Annotated[
-        list[str] | None, typer.Argument(help="check DIR proves a bundle instead of rendering one")
-    ] = None,
-    scenario: Annotated[str, typer.Option(help="key of data/scenarios, or a YAML file")] = "customer-service",
-    architecture: Annotated[str, typer.Option(help="single-node, burst, tiered or multi-node")] = "single-node",
-    target: Annotated[str | None, typer.Option(help="compose, dstack or kubernetes; default: the first")] = None,
-    gpu: Annotated[str | None, typer.Option(help="key of data/gpus.yaml; default: the cheapest that holds it")] = None,
-    engine: Annotated[str, typer.Option(help=options.ENGINE_HELP["engine"])] = "vllm",
-    run: Annotated[Path, typer.Option(help="runs of the walkthrough, whose tuned flags are used")] = Path("runs"),
-    out: Annotated[Path | None, typer.Option(help="folder of the bundle; its values.yaml is kept")] = None,
+    check: Annotated[list[str] | None, Argument(help="check DIR proves a bundle instead of rendering one")] = None,
+    scenario: Annotated[str, Option(help="key of data/scenarios, or a YAML file")] = "customer-service",
+    architecture: Annotated[str, Option(help="single-node, burst, tiered or multi-node")] = "single-node",
+    target: Annotated[str | None, Option(help="compose, dstack or kubernetes; default: the first")] = None,
+    gpu: Annotated[str | None, Option(help="key of data/gpus.yaml; default: the cheapest that holds it")] = None,
+    engine: Annotated[str, Option(help=options.ENGINE_HELP["engine"])] = "vllm",
+    run: Annotated[Path, Option(help="runs of the walkthrough, whose tuned flags are used")] = Path("runs"),
+    out: Annotated[Path | None, Option(help="folder of the bundle; its values.yaml is kept")] = None,
     json_output: options.Json = False,
 ) -> int | None:
     """Writes a bundle with its README and values.yaml, or checks one."""

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from kit.cli import options
 
@@ -17,13 +17,11 @@ MARKETS = ("on_demand", "spot", "reserved", "input", "output")
 
 
 def command(
-    scenario: Annotated[str, typer.Option(help="key of data/scenarios, or a YAML file")],
-    policies: Annotated[str, typer.Option(help="all, or some of data/fleet.yaml with commas between")] = "all",
-    days: Annotated[
-        float, typer.Option(help="up to one day every turn is simulated; more days go by the minute")
-    ] = 30.0,
+    scenario: Annotated[str, Option(help="key of data/scenarios, or a YAML file")],
+    policies: Annotated[str, Option(help="all, or some of data/fleet.yaml with commas between")] = "all",
+    days: Annotated[float, Option(help="up to one day every turn is simulated; more days go by the minute")] = 30.0,
     seed: int = 0,
-    refresh_prices: Annotated[str | None, typer.Option(help="add the offers at this address to the price book")] = None,
+    refresh_prices: Annotated[str | None, Option(help="add the offers at this address to the price book")] = None,
     json_output: options.Json = False,
 ) -> None:
     """Runs fleet policies on a scenario's traffic and prices them."""

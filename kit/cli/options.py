@@ -9,13 +9,13 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import CallbackParam, Option
 
 from kit.engine_config import EngineConfig
 from kit.errors import UserError, flag
 
 
-def _limit(param: typer.CallbackParam, value: float | None) -> float | None:
+def _limit(param: CallbackParam, value: float | None) -> float | None:
     """A latency limit as given; refused where no answer could meet it."""
     if value is not None and not value > 0:
         raise UserError(f"{param.opts[0]} must be above 0, got {value:g}")
@@ -29,15 +29,13 @@ def _key(name: str | None) -> str | None:
     return name
 
 
-Model = Annotated[str, typer.Option("--model", help="model key, Hugging Face id, or path to a config.json")]
-Gpu = Annotated[str, typer.Option("--gpu", help="GPU key of data/gpus.yaml")]
-SloTtft = Annotated[float | None, typer.Option("--slo-ttft-s", callback=_limit, help="TTFT limit, seconds")]
-SloTpot = Annotated[float | None, typer.Option("--slo-tpot-s", callback=_limit, help="TPOT limit, seconds")]
-ApiKeyEnv = Annotated[
-    str | None, typer.Option("--api-key-env", callback=_key, help="environment variable with the key")
-]
-Calibration = Annotated[Path | None, typer.Option("--calibration", help="file of kit calibrate")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout, nothing else there")]
+Model = Annotated[str, Option("--model", help="model key, Hugging Face id, or path to a config.json")]
+Gpu = Annotated[str, Option("--gpu", help="GPU key of data/gpus.yaml")]
+SloTtft = Annotated[float | None, Option("--slo-ttft-s", callback=_limit, help="TTFT limit, seconds")]
+SloTpot = Annotated[float | None, Option("--slo-tpot-s", callback=_limit, help="TPOT limit, seconds")]
+ApiKeyEnv = Annotated[str | None, Option("--api-key-env", callback=_key, help="environment variable with the key")]
+Calibration = Annotated[Path | None, Option("--calibration", help="file of kit calibrate")]
+Json = Annotated[bool, Option("--json", help="one JSON object on stdout, nothing else there")]
 
 # Every field of EngineConfig is an option under its own name, with its type and default.
 ENGINE_HELP = {
@@ -64,7 +62,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(one: Field[Any]) -> inspect.Parameter:
-    option = typer.Option(flag(one.name), help=ENGINE_HELP.get(one.name))
+    option = Option(flag(one.name), help=ENGINE_HELP.get(one.name))
     kind = Annotated.__class_getitem__((one.type, option))  # type: ignore[attr-defined]
     return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=kind)
 

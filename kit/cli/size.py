@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from kit import catalog
 from kit.cli.options import Gpu, Json, Model, engine_options
@@ -25,13 +25,11 @@ def command(
     config: EngineConfig,
     model: Model,
     gpu: Gpu,
-    context_tokens: Annotated[
-        int | None, typer.Option(help="tokens a session has reached; default: max_model_len")
-    ] = None,
-    sessions: Annotated[int, typer.Option(help="active sessions to hold")] = 1,
-    paused_sessions: Annotated[int, typer.Option(help="sessions whose cache waits for a tool")] = 0,
-    headroom_fraction: Annotated[float, typer.Option(help="of the KV pool, left free")] = 0.0,
-    log: Annotated[Path | None, typer.Option(help="start-up log to compare with")] = None,
+    context_tokens: Annotated[int | None, Option(help="tokens a session has reached; default: max_model_len")] = None,
+    sessions: Annotated[int, Option(help="active sessions to hold")] = 1,
+    paused_sessions: Annotated[int, Option(help="sessions whose cache waits for a tool")] = 0,
+    headroom_fraction: Annotated[float, Option(help="of the KV pool, left free")] = 0.0,
+    log: Annotated[Path | None, Option(help="start-up log to compare with")] = None,
     as_json: Json = False,
 ) -> None:
     """What an engine's start-up log will say on that GPU, and how many sessions that holds."""

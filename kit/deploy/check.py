@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonschema import Draft202012Validator
 
 from kit.catalog.paths import DATA, load_yaml
 from kit.deploy.queries import expressions, unknown_names
@@ -20,10 +21,10 @@ from kit.errors import UserError
 
 PASSED, FAILED, OPEN = "passed", "failed", "not provable here"
 FACTS = load_yaml(DATA / "deploy_check.yaml")
+RESOURCES = load_yaml(DATA / "custom_resources.yaml")["kinds"]
 TOOLS = DATA.parent / ".deploy"  # NAME/bin: environments of make deploy-tools
-DSTACK = """import sys, yaml
-from dstack._internal.core.models.configurations import parse_apply_configuration as parse
-parse(yaml.safe_load(open(sys.argv[1])))"""
+DSTACK = """import sys, yaml, dstack._internal.core.models.configurations as models
+models.parse_apply_configuration(yaml.safe_load(open(sys.argv[1])))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,18 @@ def _ran(name: str, program: str, *arguments: str | Path, cwd: Path | None = Non
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     first = next((at for at, line in enumerate(lines) if _FAULT.search(line)), len(lines) - 1)
     said = " ".join(lines[max(0, first) : first + 2]) or "no message"
-    yield Finding(name, FAILED if done.returncode else PASSED, said if done.returncode else f"{program} accepts it")
+    if done.returncode or "find schema" in said:  # kubernetes-validate ends with 0 where it knows no schema
+        yield Finding(name, FAILED if done.returncode else OPEN, said)
+    else:
+        yield Finding(name, PASSED, f"{program} accepts it")
+
+
+def _ran_on(document: dict[str, Any], name: str, program: str, *arguments: str) -> Iterator[Finding]:
+    """What a program says to a document, as YAML in a file of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(document, file)
+        file.flush()
+        yield from _ran(name, program, *arguments, file.name)
 
 
 def _files(folder: Path, bundle: dict[str, Any]) -> Iterator[Finding]:
@@ -97,18 +109,15 @@ def _monitoring(folder: Path, _: dict[str, Any]) -> Iterator[Finding]:
         yield from _ran("Prometheus and its rules", "promtool", "check", "config", config)
     if (config := folder / "monitoring" / "alertmanager.yml").exists():
         yield from _ran("Alertmanager", "amtool", "check-config", config)
-    queries = [query for path, query in expressions(folder) if path.suffix == ".json"]
-    if queries:
-        with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
-            rules = [{"record": f"panel:{number}", "expr": query} for number, query in enumerate(queries)]
-            yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}, file)
-            file.flush()
-            yield from _ran(f"dashboards: {len(queries)} queries", "promtool", "check", "rules", file.name)
+    found = enumerate(expressions(folder))
+    rules = [{"record": f"panel:{number}", "expr": query} for number, (path, query) in found if path.suffix == ".json"]
+    if rules:
+        panels = {"groups": [{"name": "panels", "rules": rules}]}
+        yield from _ran_on(panels, f"dashboards: {len(rules)} queries", "promtool", "check", "rules")
 
 
 def _metrics(folder: Path, bundle: dict[str, Any]) -> Iterator[Finding]:
-    found = expressions(folder)
-    if not found:
+    if not (found := expressions(folder)):
         return
     engines = sorted({(pool["engine"], str(pool["engine_version"])) for pool in bundle["values"]["pools"].values()})
     faults, sources = unknown_names(folder, found, engines)
@@ -131,7 +140,8 @@ def _images(folder: Path, _: dict[str, Any]) -> Iterator[Finding]:
     yield from _judged("images pinned", f"{len(named)} images have a version, {digests} of them a digest", loose)
 
 
-_FAULT = re.compile(r"emerg|Problem:|error|FAILED|invalid", re.IGNORECASE)
+POD = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}}
+_FAULT = re.compile(r"emerg|Problem:|error|FAILED|invalid|find schema", re.IGNORECASE)
 _IMAGE = re.compile(r"^\s*(?:- )?(?:image:|FROM)\s+(\S+)", re.MULTILINE)
 _PINNED = re.compile(r":[\w.+-]*\d[\w.+-]*(@sha256:[0-9a-f]{64})?$")
 _SECRET = re.compile(
@@ -159,41 +169,46 @@ def _compose(folder: Path, _: dict[str, Any]) -> Iterator[Finding]:
         services = yaml.safe_load(text)["services"]
         faults = [f"{who}: {what}" for who, one in services.items() for what in _open_doors(one)]
         yield from _judged(f"{name}: containers locked down", f"{len(services)} services", faults)
-        plugin = (
-            _tool("docker") and not subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
-        )
-        call = ("docker", "compose") if plugin else ("docker-compose",)
+        docker = _tool("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True)
+        call = ("docker", "compose") if docker and not docker.returncode else ("docker-compose",)
         yield from _ran(f"{name}: compose config", *call, "-f", path, "config", "-q")
 
 
 def _open_doors(service: dict[str, Any]) -> Iterator[str]:
     """What a container lacks: data/deploy_check.yaml names each setting."""
-    limits = service.get("deploy", {}).get("resources", {}).get("limits", {})
-    given = service | {
-        "memory": limits.get("memory"),
-        "no_new_privileges": "no-new-privileges:true" in service.get("security_opt", []),
-    }
+    memory = service.get("deploy", {}).get("resources", {}).get("limits", {}).get("memory")
+    locked = "no-new-privileges:true" in service.get("security_opt", [])
+    given = service | {"memory": memory, "no_new_privileges": locked}
     yield from (f"no {name}" for name in FACTS["hardened"] if not given.get(name))
     if not service.get("user") and service.get("network_mode") != "none":
         yield "runs as its image's user; want user:"
     yield from (f"{name} is set" for name in FACTS["forbidden"] if service.get(name) in (True, "host"))
 
 
+def _kubernetes(folder: Path, bundle: dict[str, Any]) -> Iterator[Finding]:
+    """Kubernetes' own objects and pod templates by its schemas, custom ones by data/custom_resources.yaml."""
+    for path, one in _documents(folder) if bundle["target"] == "kubernetes" else ():
+        if not isinstance(one, dict) or not {"apiVersion", "kind", "metadata"} <= one.keys():
+            continue
+        name, read = f"Kubernetes schema: {path.name}: {one['kind']} {one['metadata']['name']}", [one]
+        if rule := RESOURCES.get(one["kind"]):
+            faults = [f"{at.json_path}: {at.message}" for at in Draft202012Validator(rule).iter_errors(one)]
+            yield from _judged(name, "only fields of its definition", faults)
+            pods = {} if faults else one["spec"].get("leaderWorkerTemplate", {})
+            read = [{**POD, "template": pod} for key, pod in pods.items() if key.endswith("Template")]
+        for part in read:
+            yield from _ran_on(part, name if part is one else f"{name}: its pods", "kubernetes-validate", "--strict")
+
+
 def _others(folder: Path, bundle: dict[str, Any]) -> Iterator[Finding]:
-    """Dockerfiles, Kubernetes objects and dstack files through the tools that read them."""
+    """Dockerfiles and dstack files through the tools that read them."""
     for path in sorted(folder.rglob("Dockerfile*")):
         yield from _ran(f"hadolint {path.parent.name}/{path.name}", "hadolint", path)
-    if bundle["target"] == "kubernetes":
-        objects = [
-            path for path, one in _documents(folder) if isinstance(one, dict) and {"apiVersion", "kind"} <= one.keys()
-        ]
-        for path in sorted({p for p in objects if "helm" not in p.parts and "monitoring" not in p.name}):
-            yield from _ran(f"Kubernetes schema: {path.name}", "kubernetes-validate", path)
     for path in sorted(folder.rglob("*.dstack.yml")):
         yield from _ran(f"dstack parses {path.name}", "dstack/bin/python", "-c", DSTACK, path)
 
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], Iterator[Finding]]] = {
     "files": _files, "secrets": _secrets, "images": _images, "edge": _edge, "compose": _compose,
-    "monitoring": _monitoring, "metrics": _metrics, "others": _others,
+    "monitoring": _monitoring, "metrics": _metrics, "kubernetes": _kubernetes, "others": _others,
 }  # fmt: skip

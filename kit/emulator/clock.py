@@ -38,7 +38,7 @@ class Clock:
             return refusal
         at_once = 1 + sum(map(len, (self.scheduler.running, self.scheduler.waiting, self.coming)))
         ready = arrival + self.request_s(call.input_len, at_once)
-        call.times = [arrival, ready]  # then: first and latest token
+        call.times = [arrival, ready]  # the second becomes the wait; then: first and latest token
         heappush(self.coming, (ready, next(self.order), call))
         if self.coming[0][2] is call:
             self._queue(monotonic())
@@ -92,8 +92,10 @@ class Clock:
         """Begin the next step at `start`, or be idle."""
         batch = self.batch = self.scheduler.plan()
         for call in batch.admitted if batch else []:
-            if len(call.times) == 2:
-                self.page.histograms["queue_time"].add(start - call.times[1])
+            if not call.preemptions:
+                call.times[1] = start - call.times[1]
+                if not self.page.queue_time_at_end:
+                    self.page.histograms["queue_time"].add(call.times[1])
         chunks = [(tokens, before) for _, tokens, before in batch.chunks] if batch else []
         self.arm(start + self.step_time.step_s(chunks, batch.decodes, batch.context) if batch else NEVER)
 
@@ -110,16 +112,18 @@ class Clock:
 
     def emit(self, call: Any, now: float, last: bool) -> None:
         """Count one token and pass it on."""
-        owner, (arrival, ready, *before), seconds = call.owner, call.times, self.page.histograms
+        owner, (arrival, waited, *before), seconds = call.owner, call.times, self.page.histograms
         if owner is None:
             return
-        call.times = [arrival, ready, before[0] if before else now, now]
+        call.times = [arrival, waited, before[0] if before else now, now]
         seconds["itl" if before else "ttft"].add(now - (before[1] if before else arrival))
         self.counts["prompt_tokens"] += 0 if before else call.input_len
         self.counts["generation_tokens"] += 1
         if last:
             call.owner = None
             seconds["e2el"].add(now - arrival)
+            if self.page.queue_time_at_end:
+                seconds["queue_time"].add(waited)
             seconds["tpot"].add((now - call.times[2]) / max(1, call.output_len - 1))
         owner.token(last)
 
@@ -146,7 +150,7 @@ class Paced(Clock):
 
     def submit(self, call: Any, arrival: float) -> str | None:
         """Take a call in; nothing is refused."""
-        call.times = 2 * [arrival]
+        call.times = [arrival, 0.0]
         heappush(self.due, (call.times[0] + self.ttft_s, next(self.order), call))
         self.arm(self.due[0][0])
         return None

@@ -40,6 +40,7 @@ class Page:
             for part in ("names", "histograms")
         )
         self.histograms = {key: Histogram(timed.get(key), edges) for key, edges in own["edges"].items()}
+        self.queue_time_at_end = own["queue_time_at_end"]
         given = {"model": model_name, "kv_blocks": limits.kv_blocks, "block_size": limits.block_size}
         self.labels = {key: told.format(**given) for key, told in own["labels"].items()}
 

@@ -41,7 +41,7 @@ class Request:
         self.order = 0  # of admission
         self.decoding, self.offset = False, 0  # a decode row holds `offset` plus the decode clock KV tokens
         self.hit_tokens = -1  # prompt tokens found in the prefix cache, -1 before admission
-        self.times: list[int] = []  # the caller's own
+        self.times: list[Any] = []  # the caller's own
 
 
 class Batch:

@@ -52,6 +52,55 @@ TOOLS = [
     ),
 ]
 
+CUSTOM = [  # file, what is there, what it becomes, the object that is refused
+    ("scale.yaml", "maxReplicaCount", "maxReplicas", "ScaledObject engine"),
+    ("scale.yaml", 'threshold: "5"', "threshold: 5", "ScaledObject engine"),
+    ("scale.yaml", "keda.sh/v1alpha1", "keda.sh/v1", "ScaledObject engine"),
+    ("engine.yaml", "restartPolicy: RecreateGroupOnPodRestart", "restartPolicy: Always", "LeaderWorkerSet engine"),
+    ("monitoring.yaml", "interval: 5s", "interval: 5", "PodMonitor engine"),
+    ("monitoring.yaml", "record: engine:requests_running", "rule: engine:requests_running", "PrometheusRule recording"),
+]
+PODS = [("engine.yaml", "tolerations:", "toleration:", "LeaderWorkerSet engine: its pods")]
+PODS += [("edge.yaml", "replicas:", "replica:", "Deployment edge")]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    render(Source(load("api-cluster"), "h200-sxm-141gb"), "multi-node", folder, target="kubernetes")
+    return folder
+
+
+def changed(cluster: Path, folder: Path, name: str, before: str, after: str) -> dict[str, str]:
+    shutil.copytree(cluster, folder)
+    text = (folder / name).read_text()
+    assert before in text
+    (folder / name).write_text(text.replace(before, after))
+    return found(folder, "kubernetes")
+
+
+@pytest.mark.parametrize(("name", "before", "after", "seen_by"), CUSTOM)
+def test_a_custom_resource_that_leaves_its_definition_is_refused(cluster, tmp_path, name, before, after, seen_by):
+    where = f"Kubernetes schema: {name}: {seen_by}"
+    assert found(cluster, "kubernetes")[where] == PASSED
+    assert changed(cluster, tmp_path / "bundle", name, before, after)[where] == FAILED
+
+
+@pytest.mark.deploy
+@pytest.mark.parametrize(("name", "before", "after", "seen_by"), PODS)
+def test_a_field_that_kubernetes_does_not_know_is_refused(cluster, tmp_path, name, before, after, seen_by):
+    where = f"Kubernetes schema: {name}: {seen_by}"
+    if found(cluster, "kubernetes")[where] == OPEN:
+        pytest.skip("kubernetes-validate: make deploy-tools")
+    assert changed(cluster, tmp_path / "bundle", name, before, after)[where] == FAILED
+
+
+@pytest.mark.deploy
+def test_a_kind_without_a_schema_is_said_to_be_open(cluster, tmp_path):
+    shutil.copytree(cluster, tmp_path / "bundle")
+    (tmp_path / "bundle" / "own.yaml").write_text("{apiVersion: example.com/v1, kind: Other, metadata: {name: one}}")
+    assert found(tmp_path / "bundle", "kubernetes")["Kubernetes schema: own.yaml: Other one"] == OPEN
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
