@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,17 @@ cli.main()
 """
 
 
+def heard() -> None:
+    """In a child: Ctrl-C is not ignored, as it is where the tests themselves run in a shell's background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("after_s", [0.15, 0.3, 0.6, 1.2])
 @pytest.mark.parametrize("command", [TUNE, FLEET], ids=["tune", "fleet"])
 def test_ctrl_c_is_one_line_and_exit_130(command: list[str], after_s: float, tmp_path: Path) -> None:
     more = ["--out", str(tmp_path)] if command is TUNE else []
-    process = subprocess.Popen([*KIT, *command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heard}
+    process = subprocess.Popen([*KIT, *command, *more], **piped)
     time.sleep(after_s)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
@@ -54,7 +61,8 @@ def test_ctrl_c_is_one_line_and_exit_130(command: list[str], after_s: float, tmp
 
 
 def test_a_ctrl_c_that_python_swallows_comes_again() -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=20)
+    call = [sys.executable, "-c", SWALLOWED]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=20, preexec_fn=heard)
     assert (done.returncode, done.stderr) == (130, "kit: interrupted\n")
 
 
