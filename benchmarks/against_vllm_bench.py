@@ -84,7 +84,7 @@ def with_vllm(engine: Engine) -> dict[str, Any]:
         call += ["--tokenizer", MODEL, "--dataset-name", "random", "--random-range-ratio", SPREAD, "--save-detailed"]
         call += ["--random-input-len", MEAN_LEN, "--random-output-len", MEAN_LEN]
         call += ["--num-prompts", REQUESTS, "--max-concurrency", CONCURRENCY]
-        call += ["--num-warmups", 8]  # as kit load's probes do: an engine left alone while it starts begins slowly
+        call += ["--num-warmups", 8]  # kit load's probes wake the engine too
         call += ["--ignore-eos", "--seed", SEED, "--save-result", "--result-dir", folder, "--disable-tqdm"]
         quiet = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         subprocess.run(list(map(str, call)), capture_output=True, text=True, check=True, env=quiet)
